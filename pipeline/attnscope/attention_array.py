@@ -1,0 +1,118 @@
+"""The lazy attention variable: reads only the tiles that an index asks for, whichever form is stored.
+
+`AttentionArray` takes an outer index over (sample, layer, head, query_token, key_token), splits it into contiguous
+tiles, asks a source for each tile, and hides what no statistic may see: samples not yet extracted, padding, and query
+rows without a valid key come back as NaN.
+"""
+
+import itertools
+from typing import Protocol
+
+import numpy as np
+import zarr
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+from attnscope.tokens import KIND_CODES
+
+DIMS = ("sample", "layer", "head", "query_token", "key_token")
+Index = int | slice | np.ndarray
+Tile = tuple[slice, slice, slice, slice, slice]
+
+_HALF_TO_FLOAT = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
+def to_float32(values: np.ndarray) -> np.ndarray:
+    """Half or single precision as float32; a table look-up, several times faster than numpy's own cast of halves."""
+    if values.dtype == np.float16:
+        return _HALF_TO_FLOAT[values.view(np.uint16)]
+    return values.astype(np.float32, copy=False)
+
+
+class TileSource(Protocol):
+    """What an attention form must offer: its shape, and the float32 values of one contiguous tile."""
+
+    shape: tuple[int, int, int, int, int]
+
+    def read(self, tile: Tile) -> np.ndarray: ...
+
+
+class DenseTiles:
+    """Tiles of stored attention weights."""
+
+    def __init__(self, array: zarr.Array) -> None:
+        self._array = array
+        self.shape = array.shape
+
+    def read(self, tile: Tile) -> np.ndarray:
+        return to_float32(np.asarray(self._array[tile]))
+
+
+class AttentionArray(BackendArray):
+    """Attention of one site as a lazily indexed array for xarray."""
+
+    def __init__(
+        self,
+        source: TileSource,
+        status: zarr.Array,
+        query_valid: zarr.Array,
+        query_kind: zarr.Array,
+        key_kind: zarr.Array,
+    ) -> None:
+        self._source = source
+        self._status = status
+        self._query_valid = query_valid
+        self._query_kind = query_kind
+        self._key_kind = key_kind
+        self.shape = source.shape
+        self.dtype = np.dtype(np.float32)
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._outer)
+
+    def _outer(self, key: tuple[Index, ...]) -> np.ndarray:
+        positions = [_positions(k, n) for k, n in zip(key, self.shape, strict=True)]
+        result = np.full([len(p) for p in positions], np.nan, np.float32)
+        if result.size:
+            spans = [_bounding(p) for p in positions[3:]]
+            rows, columns = (p - s.start for p, s in zip(positions[3:], spans, strict=True))
+            for runs in itertools.product(*map(_contiguous, positions[:3])):
+                tile = self._read((*(array for array, _ in runs), *spans))  # type: ignore[arg-type]
+                result[tuple(at for _, at in runs)] = tile[..., rows[:, None], columns]
+        return result[tuple(0 if isinstance(k, int | np.integer) else slice(None) for k in key)]
+
+    def _read(self, tile: Tile) -> np.ndarray:
+        samples, layers, _, queries, keys = tile
+        done = self._status[samples] == 1
+        if not done.any():
+            return np.full([s.stop - s.start for s in tile], np.nan, np.float32)
+        values = self._source.read(tile)
+        padding = KIND_CODES["padding"]
+        rows = self._query_valid[samples, layers, queries] & (self._query_kind[samples, queries] != padding)[:, None]
+        rows &= done[:, None, None]
+        columns = self._key_kind[samples, keys] != padding
+        if not rows.all():
+            values[~np.broadcast_to(rows[:, :, None], values.shape[:-1])] = np.nan
+        if not columns.all():
+            values[np.broadcast_to(~columns[:, None, None, None], values.shape)] = np.nan
+        return values
+
+
+def _positions(index: Index, length: int) -> np.ndarray:
+    if isinstance(index, slice):
+        return np.arange(length)[index]
+    positions = np.atleast_1d(np.asarray(index))
+    return np.where(positions < 0, positions + length, positions)
+
+
+def _bounding(positions: np.ndarray) -> slice:
+    return slice(int(positions.min()), int(positions.max()) + 1)
+
+
+def _contiguous(positions: np.ndarray) -> list[tuple[slice, slice]]:
+    """Runs of ascending neighbours: (slice of the array, slice of the result)."""
+    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+    return [
+        (slice(int(positions[at[0]]), int(positions[at[-1]]) + 1), slice(int(at[0]), int(at[-1]) + 1))
+        for at in np.split(np.arange(len(positions)), breaks)
+    ]

@@ -1,0 +1,180 @@
+"""The stored schema: every quantity that a run may hold, and what to extract.
+
+A run is a Zarr hierarchy. `QUANTITIES` is the one table of its arrays; everything that writes, reads or documents
+them goes by it.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, TypeVar
+
+SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+Group = Literal["samples", "stream", "site", "outputs", "weights"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One array of the schema: where it lies, its dimensions, its stored type, its unit and its meaning."""
+
+    name: str
+    group: Group
+    dims: tuple[str, ...]
+    dtype: str
+    units: str
+    meaning: str
+    fill: float | int | str = 0
+
+
+_SITE = ("sample", "layer", "head", "query_token", "key_token")
+_NAN = float("nan")
+
+QUANTITIES = (
+    Quantity("id", "samples", ("sample",), "string", "", "name of the sample, unique in the run", ""),
+    Quantity("text", "samples", ("sample",), "string", "", "text of the sample", ""),
+    Quantity("regions", "samples", ("sample",), "string", "", "JSON list of phrase, box (pixels), span (characters)", ""),
+    Quantity("image_digest", "samples", ("sample",), "string", "", "SHA-256 of the encoded image", ""),
+    Quantity("thumbnail", "samples", ("sample", "image_row", "image_column", "colour"), "uint8", "",
+             "the image as the model saw it, red green blue"),
+    Quantity("reason", "samples", ("sample",), "string", "", "why the sample was left out", ""),
+    Quantity("status", "samples", ("sample",), "uint8", "", "0 missing, 1 extracted, 2 left out; written last"),
+    Quantity("token_text", "stream", ("sample", "token"), "string", "", "the token's string", ""),
+    Quantity("kind", "stream", ("sample", "token"), "int8", "", "what the token is, see flag_meanings"),
+    Quantity("row", "stream", ("sample", "token"), "int16", "", "row on the patch grid, -1 for none", -1),
+    Quantity("column", "stream", ("sample", "token"), "int16", "", "column on the patch grid, -1 for none", -1),
+    Quantity("attention", "site", _SITE, "float16", "1", "attention weights after softmax", _NAN),
+    Quantity("attention_mean", "site", ("sample", "layer", "query_token", "key_token"), "float32", "1",
+             "mean of the attention weights over heads", _NAN),
+    Quantity("attention_grad", "site", _SITE, "float32", "1",
+             "derivative of the score by the attention weights", _NAN),
+    Quantity("attention_relevance", "site", ("sample", "layer", "query_token", "key_token"), "float32", "1",
+             "mean over heads of the positive part of gradient times attention (Chefer et al., ICCV 2021, eq. 5)", _NAN),
+    Quantity("query", "site", ("sample", "layer", "head", "query_token", "channel"), "float32", "1",
+             "query as the kernel received it: after rotary position and norm", _NAN),
+    Quantity("key", "site", ("sample", "layer", "kv_head", "key_token", "channel"), "float32", "1",
+             "key as the kernel received it, one per key head", _NAN),
+    Quantity("value", "site", ("sample", "layer", "kv_head", "key_token", "value_channel"), "float32", "1",
+             "value as the kernel received it, one per key head", _NAN),
+    Quantity("log_sum_exp", "site", ("sample", "layer", "head", "query_token"), "float32", "nat",
+             "logarithm of the sum of the exponentiated scores of a row", _NAN),
+    Quantity("query_valid", "site", ("sample", "layer", "query_token"), "bool", "1",
+             "whether the query row has a key that it may attend to", False),
+    Quantity("score", "outputs", ("condition", "sample"), "float32", "1", "the target score of the model", _NAN),
+    Quantity("query", "weights", ("layer", "head", "channel", "feature"), "float32", "1",
+             "rows of the query projection of each head, before any rotary position", _NAN),
+    Quantity("key", "weights", ("layer", "kv_head", "channel", "feature"), "float32", "1",
+             "rows of the key projection of each key head, before any rotary position", _NAN),
+    Quantity("query_bias", "weights", ("layer", "head", "channel"), "float32", "1",
+             "bias of the query projection; 0 where there is none", _NAN),
+    Quantity("key_bias", "weights", ("layer", "kv_head", "channel"), "float32", "1",
+             "bias of the key projection; 0 where there is none", _NAN),
+)  # fmt: skip
+
+SITE_QUANTITIES = {q.name: q for q in QUANTITIES if q.group == "site"}
+GRADIENT_QUANTITIES = frozenset({"attention_grad", "attention_relevance"})
+DERIVED_FROM = {"attention_mean": "attention", "attention_relevance": "attention_grad"}
+"""Reductions, and the full array that makes each of them needless to store (with `attention` for the second)."""
+EXTRACTABLE = frozenset(SITE_QUANTITIES) - {"query_valid"} | {"weights", "score"}
+ENCODINGS = ("float16", "exact")
+FORMS = ("auto", "dense", "factored")
+
+
+def quantity(group: Group, name: str) -> Quantity:
+    """The row of the table; KeyError when there is none."""
+    for row in QUANTITIES:
+        if row.group == group and row.name == name:
+            return row
+    raise KeyError(f"the schema has no quantity {name!r} in group {group!r}")
+
+
+@dataclass(frozen=True)
+class ExtractSpec:
+    """What to record: quantities, the sites and layers that they are wanted for (None: all), and the target.
+
+    `target` names the scalar that gradients and scores are taken of: a class number, 'predicted', 'similarity',
+    'cls_norm' or another name that the model's family knows; None is the family's default.
+    """
+
+    quantities: frozenset[str] = frozenset({"attention"})
+    sites: frozenset[str] | None = None
+    layers: frozenset[int] | None = None
+    target: str | int | None = None
+    encoding: str = "float16"
+    form: str = "auto"
+
+    def __post_init__(self) -> None:
+        unknown = sorted(self.quantities - EXTRACTABLE)
+        if unknown:
+            raise ValueError(f"unknown quantity {unknown[0]!r}; known are {', '.join(sorted(EXTRACTABLE))}")
+        if self.encoding not in ENCODINGS:
+            raise ValueError(f"unknown encoding {self.encoding!r}; known are {', '.join(ENCODINGS)}")
+        if self.form not in FORMS:
+            raise ValueError(f"unknown form {self.form!r}; known are {', '.join(FORMS)}")
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether a backward pass is needed."""
+        return bool(self.quantities & GRADIENT_QUANTITIES)
+
+    @property
+    def needs_forward(self) -> bool:
+        """Whether the model has to see the samples at all; 'weights' alone don't ask for it."""
+        return bool(self.quantities - {"weights"})
+
+    def covers(self, other: "ExtractSpec") -> bool:
+        """Whether a run of this spec holds all that `other` asks for."""
+        mine = self.quantities | {small for small, full in DERIVED_FROM.items() if full in self.quantities}
+        return (
+            other.quantities <= mine
+            and _contains(self.sites, other.sites)
+            and _contains(self.layers, other.layers)
+            and (other.target is None or other.target == self.target)
+        )
+
+    def to_json(self) -> str:
+        """A canonical text; equal specs give equal texts."""
+        plain = {k: sorted(v) if isinstance(v, frozenset) else v for k, v in asdict(self).items()}
+        return json.dumps(plain, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "ExtractSpec":
+        """The spec that `to_json` wrote; fields that this version doesn't know are an error."""
+        plain = json.loads(text)
+        known = {f.name for f in fields(cls)}
+        if set(plain) - known:
+            raise ValueError(f"extraction spec has unknown fields {sorted(set(plain) - known)}")
+        sets = ("quantities", "sites", "layers")
+        return cls(**{k: frozenset(v) if k in sets and v is not None else v for k, v in plain.items()})
+
+
+def union(specs: Iterable[ExtractSpec]) -> ExtractSpec:
+    """What satisfies all of them: every quantity, site and layer, the wider encoding; targets must agree."""
+    specs = list(specs)
+    targets = {s.target for s in specs} - {None}
+    if len(targets) > 1:
+        raise ValueError(f"one run holds one target, got {', '.join(sorted(map(repr, targets)))}; extract them apart")
+    quantities = frozenset().union(*(s.quantities for s in specs))
+    stored = {small for small, full in DERIVED_FROM.items() if full in quantities and "attention" in quantities}
+    forms = {s.form for s in specs} - {"auto"}
+    if len(forms) > 1:
+        raise ValueError(f"one run holds one form, got {' and '.join(sorted(forms))}")
+    return ExtractSpec(
+        quantities=quantities - stored,
+        sites=_union_sets([s.sites for s in specs]),
+        layers=_union_sets([s.layers for s in specs]),
+        target=next(iter(targets), None),
+        encoding="exact" if any(s.encoding == "exact" for s in specs) else "float16",
+        form=next(iter(forms), "auto"),
+    )
+
+
+def _contains(mine: frozenset[T] | None, other: frozenset[T] | None) -> bool:
+    return mine is None or (other is not None and other <= mine)
+
+
+def _union_sets(sets: list[frozenset[T] | None]) -> frozenset[T] | None:
+    if not sets or any(s is None for s in sets):
+        return None
+    return frozenset().union(*(s for s in sets if s is not None))

@@ -1,0 +1,546 @@
+"""The run: one Zarr hierarchy that holds what a model attended to, sample by sample.
+
+Arrays are made once, at full size, before anything is extracted. A block (`unit` consecutive samples) is written array
+by array and its mark in `samples/status` last: a sample counts only when its mark stands, so a killed writer loses
+nothing but the block in its hands, and repeating the command does only what is missing.
+"""
+
+import datetime
+import json
+import platform
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+import zarr
+import zarr.codecs
+from xarray.core import indexing
+from zarr.abc.store import Store
+
+from attnscope.attention_array import DIMS, AttentionArray, DenseTiles, TileSource
+from attnscope.quantities import SCHEMA_VERSION, SITE_QUANTITIES, ExtractSpec, Quantity, quantity
+from attnscope.samples import Sample
+from attnscope.stores import StoreError, open_group, open_store, remove_partial_files
+from attnscope.tokens import KINDS, TokenLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+MISSING, EXTRACTED, LEFT_OUT = 0, 1, 2
+THUMBNAIL_PIXELS = 224
+_CHUNK_BYTES = 2**20
+_UNIT_BYTES = 2**27
+_UNIT_LIMIT = 64
+_ATTENTION_BOUND = {"float16": "2.5e-4", "exact": "0"}
+
+
+class RunError(ValueError):
+    """A run that can't be opened, extended or asked for something; the message is one sentence."""
+
+
+class MissingQuantity(RunError):
+    """A run does not hold what was asked of it."""
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One kind of attention between streams over layers: its streams, layers and sizes."""
+
+    queries: str
+    keys: str
+    layers: tuple[int, ...]
+    modules: tuple[str, ...]
+    heads: int
+    kv_heads: int
+    query_tokens: int
+    key_tokens: int
+    channels: int = 0
+    value_channels: int = 0
+    kernels: tuple[str, ...] = ()
+    guessed: bool = False
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The sizes of a run: tokens of each stream, the sites, and how many samples make a block."""
+
+    streams: Mapping[str, int]
+    sites: Mapping[str, SitePlan]
+    unit: int
+    conditions: tuple[str, ...] = ("intact",)
+    thumbnails: bool = False
+
+    def sizes(self, site: SitePlan | None = None) -> dict[str, int]:
+        """The length of every dimension but `sample` and `token`."""
+        sizes = {"condition": len(self.conditions), "colour": 3}
+        sizes |= {"image_row": THUMBNAIL_PIXELS, "image_column": THUMBNAIL_PIXELS}
+        if site is not None:
+            sizes |= {"layer": len(site.layers), "head": site.heads, "kv_head": site.kv_heads}
+            sizes |= {"query_token": site.query_tokens, "key_token": site.key_tokens}
+            sizes |= {"channel": site.channels, "value_channel": site.value_channels}
+        return sizes
+
+    def sample_bytes(self, spec: ExtractSpec) -> int:
+        """Bytes that one sample takes before compression, all site quantities of the spec together."""
+        return sum(
+            _item_bytes(SITE_QUANTITIES[name], spec) * _count(SITE_QUANTITIES[name], self.sizes(site))
+            for site in self.sites.values()
+            for name in spec.quantities & set(SITE_QUANTITIES)
+        )
+
+
+def unit_for(bytes_per_sample: int, samples: int, batch_size: int = 1) -> int:
+    """Samples per block: a power of two that keeps a block near 128 MiB, at least a batch, at most what there is."""
+    fitting = min(_UNIT_LIMIT, max(1, _UNIT_BYTES // max(1, bytes_per_sample)))
+    return max(1 << (min(fitting, max(samples, 1)).bit_length() - 1), batch_size)
+
+
+class Run:
+    """An extracted run; open it with `open_run`, make it with `Run.create`."""
+
+    def __init__(self, store: Store, location: str) -> None:
+        self.store = store
+        self.location = location
+        self._group = open_group(store, mode="r" if store.read_only else "r+")
+        self._arrays: dict[str, zarr.Array] = {}
+        self.plan = _plan_from_attrs(self._group.attrs["plan"])  # type: ignore[arg-type]
+
+    # -- making -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        location: str | Path | Store | None,
+        plan: RunPlan,
+        spec: ExtractSpec,
+        samples: Sequence[Sample],
+        attrs: Mapping[str, object],
+    ) -> "Run":
+        """An empty run with every array at full size.
+
+        Raises
+        ------
+        RunError
+            When there is a run, or anything else, at the location already.
+        """
+        store = open_store(location, read_only=False)
+        root = open_group(store, mode="a")
+        if "schema" in root.attrs:
+            raise RunError(f"{str(location)!r} already holds a run; open it, or choose another place")
+        for path, row, sizes in _arrays_of(plan, spec):
+            _create_array(root, path, row, {"sample": len(samples), **sizes}, plan.unit, spec)
+        for name, site in plan.sites.items():
+            _write_site_coordinates(root.require_group(name), site)
+        root.require_group("outputs").attrs["conditions"] = list(plan.conditions)
+        described = root["samples"]
+        described["id"][:] = _strings(s.id for s in samples)  # type: ignore[index]
+        described["text"][:] = _strings(s.text or "" for s in samples)  # type: ignore[index]
+        described["regions"][:] = _strings(json.dumps([asdict(r) for r in s.regions]) for s in samples)  # type: ignore[index]
+        # The schema number makes it a run: it is written last, so that a run half made is not taken for one.
+        root.attrs.put(
+            {
+                **attrs,
+                "plan": _plan_to_attrs(plan),
+                "spec": spec.to_json(),
+                "versions": versions(),
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "schema": SCHEMA_VERSION,
+            }
+        )
+        return cls(store, "memory" if location is None else str(location))
+
+    def write_layer(self, site: str, name: str, block: range, layer: int, values: np.ndarray) -> None:
+        """Write one quantity of one layer (a position, not a number) for a whole block; values are (sample, ...)."""
+        self._array(f"{site}/{name}")[block.start : block.stop, layer] = values
+
+    def write_block(self, path: str, block: range, values: np.ndarray) -> None:
+        """Write an array of `samples`, of a stream, or of `outputs` for a whole block; values are (sample, ...)."""
+        array = self._array(path)
+        if path.startswith("outputs/"):
+            array[:, block.start : block.stop] = values
+        else:
+            array[block.start : block.stop] = values
+
+    def write_tokens(self, stream: str, block: range, layout: TokenLayout) -> None:
+        """Write the tokens of one stream for a whole block; shorter layouts are padded."""
+        for name in ("token_text", "kind", "row", "column"):
+            values = layout.text if name == "token_text" else getattr(layout, name)
+            array = self._array(f"{stream}/{name}")
+            padded = np.full((len(block), array.shape[1]), quantity("stream", name).fill, dtype=values.dtype)
+            padded[:, : values.shape[1]] = values
+            array[block.start : block.stop] = padded
+
+    def write_weights(self, site: str, layer: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write the projections of one layer (a position); the arrays are made with the first layer that comes."""
+        plan = self.plan.sites[site]
+        sizes = self.plan.sizes(plan)
+        for name, values in arrays.items():
+            path = f"weights/{site}/{name}"
+            row = quantity("weights", name)
+            if path not in self._group:
+                row_sizes = {**sizes, **dict(zip(row.dims[1:], values.shape, strict=True))}
+                _create_array(self._group, path, row, row_sizes, 1, self.spec)
+                _write_layers(self._group[f"weights/{site}"], plan)  # type: ignore[arg-type]
+            self._array(path)[layer] = values
+
+    def commit(self, block: range, status: np.ndarray) -> None:
+        """Mark a block as done; everything of it must have been written."""
+        self._array("samples/status")[block.start : block.stop] = status.astype(np.uint8)
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    @property
+    def attrs(self) -> dict[str, object]:
+        """What the run says of itself: model, digests, kernel, versions."""
+        return dict(self._group.attrs)
+
+    def set_attrs(self, **attrs: object) -> None:
+        """Add to what the run says of itself."""
+        self._group.attrs.update(attrs)
+
+    @property
+    def spec(self) -> ExtractSpec:
+        """What was asked to be recorded."""
+        return ExtractSpec.from_json(str(self._group.attrs["spec"]))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the kinds of attention, such as 'vision.self' or 'text.vision' (queries text, keys vision)."""
+        return tuple(self.plan.sites)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of the token sequences."""
+        return tuple(self.plan.streams)
+
+    @property
+    def status(self) -> np.ndarray:
+        """(sample,) uint8: 0 missing, 1 extracted, 2 left out."""
+        return np.asarray(self._array("samples/status")[:])
+
+    def blocks(self) -> list[range]:
+        """The write units, in order."""
+        count = self._array("samples/status").shape[0]
+        return [range(i, min(i + self.plan.unit, count)) for i in range(0, count, self.plan.unit)]
+
+    def missing(self, spec: ExtractSpec | None = None) -> list[range]:
+        """The blocks of samples that are still to be extracted; empty for a finished run.
+
+        Raises
+        ------
+        MissingQuantity
+            When the run was made for less than `spec` asks, so that no further extraction can meet it.
+        """
+        if spec is not None:
+            self.require(spec)
+        status = self.status
+        return [b for b in self.blocks() if (status[b.start : b.stop] == MISSING).any()]
+
+    def require(self, spec: ExtractSpec, asker: str = "the request") -> None:
+        """Raise MissingQuantity unless the run holds what `spec` asks for."""
+        mine = self.spec
+        if mine.covers(spec):
+            return
+        absent = sorted(q for q in spec.quantities if not mine.covers(ExtractSpec(frozenset({q}))))
+        if absent:
+            wanted = f"needs {', '.join(map(repr, absent))}, which {self.location} does not hold"
+        elif spec.target not in (None, mine.target):
+            wanted = f"needs the target {spec.target!r}, but {self.location} was extracted for {mine.target!r}"
+        else:
+            wanted = f"needs sites or layers which {self.location} does not hold"
+        raise MissingQuantity(f"{asker} {wanted}; extract again into another run with --for {asker.split()[-1]}")
+
+    def tidy(self) -> int:
+        """Delete the half-written files that a killed writer left; their number."""
+        return remove_partial_files(self.store)
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    @property
+    def samples(self) -> xr.Dataset:
+        """What is known of each sample: id, text, regions (JSON), image digest, status, reason."""
+        return self._dataset("samples")
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """Names of the samples, in stored order."""
+        return [str(s) for s in self._array("samples/id")[:]]
+
+    def tokens(self, stream: str) -> xr.Dataset:
+        """Text, kind (a code, see its `flag_meanings`), row and column of every token of a stream."""
+        if stream not in self.plan.streams:
+            raise MissingQuantity(f"{self.location} has no stream {stream!r}; it has {', '.join(self.streams)}")
+        return self._dataset(stream)
+
+    def attention(self, site: str) -> xr.DataArray:
+        """Attention weights of a site, lazily: (sample, layer, head, query_token, key_token) float32.
+
+        Rows sum to 1 over real tokens within the array's stated `bound`; padding, samples not extracted, and query
+        rows without a valid key are NaN.
+        """
+        plan = self._site(site)
+        array = AttentionArray(
+            self._tiles(site),
+            self._array("samples/status"),
+            self._array(f"{site}/query_valid"),
+            self._array(f"{plan.queries}/kind"),
+            self._array(f"{plan.keys}/kind"),
+        )
+        row = SITE_QUANTITIES["attention"]
+        attrs = {"long_name": row.meaning, "units": row.units, "bound": _ATTENTION_BOUND[self.spec.encoding]}
+        variable = xr.Variable(DIMS, indexing.LazilyIndexedArray(array), attrs)
+        return xr.DataArray(variable, coords=self._coordinates(site), name="attention")
+
+    def array(self, site: str, name: str) -> xr.DataArray:
+        """A quantity of a site, lazily, by its name in the schema; 'attention_mean' is computed where not stored."""
+        if name == "attention":
+            return self.attention(site)
+        self._site(site)
+        if f"{site}/{name}" in self._group:
+            stored = self._dataset(site)[name]
+            return stored.assign_coords({"sample": self._sample_coordinate()})
+        if name == "attention_mean":
+            return self.attention(site).mean("head", keep_attrs=True).rename(name)
+        if name == "attention_relevance" and f"{site}/attention_grad" in self._group:
+            product = self.array(site, "attention_grad") * self.attention(site)
+            return product.clip(min=0).mean("head").rename(name)
+        raise MissingQuantity(f"{self.location} does not hold {name!r} at site {site!r}")
+
+    def weights(self, site: str) -> xr.Dataset:
+        """Query and key projections of a site: `query` (layer, head, channel, feature), `key` with kv_head, biases."""
+        self._site(site)
+        if f"weights/{site}" not in self._group:
+            raise MissingQuantity(f"{self.location} does not hold the weights of site {site!r}")
+        return self._dataset(f"weights/{site}")
+
+    @property
+    def outputs(self) -> xr.Dataset:
+        """What the model gave: `score` (condition, sample) and others."""
+        found = self._dataset("outputs").assign_coords({"sample": self._sample_coordinate()})
+        return found.assign_coords(condition=list(self.plan.conditions))
+
+    # -- analyses ---------------------------------------------------------------------------------------------------
+
+    @property
+    def analyses(self) -> tuple[str, ...]:
+        """Names of the finished analyses."""
+        if "analyses" not in self._group:
+            return ()
+        group = self._group["analyses"]
+        return tuple(sorted(n for n, g in group.groups() if g.attrs.get("complete")))  # type: ignore[union-attr]
+
+    def save_analysis(self, name: str, result: xr.Dataset) -> None:
+        """Store what an analyser gave under `analyses/<name>`, in place of what stood there."""
+        if self.store.read_only:
+            raise RunError(f"{self.location} was opened for reading only")
+        group = f"analyses/{name}"
+        plain = _without_text_dtypes(result)
+        plain.to_zarr(self.store, group=group, mode="w", consolidated=False, zarr_format=3)  # type: ignore[call-overload]
+        self._group[group].attrs["complete"] = True
+
+    def analysis(self, name: str) -> xr.Dataset:
+        """What an analyser gave, lazily."""
+        if name not in self.analyses:
+            known = ", ".join(self.analyses) or "none"
+            raise MissingQuantity(f"{self.location} has no analysis {name!r}; it has {known}")
+        return self._dataset(f"analyses/{name}")
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _site(self, site: str) -> SitePlan:
+        if site not in self.plan.sites:
+            raise MissingQuantity(f"{self.location} has no site {site!r}; it has {', '.join(self.sites)}")
+        return self.plan.sites[site]
+
+    def _tiles(self, site: str) -> TileSource:
+        if f"{site}/attention" not in self._group:
+            raise MissingQuantity(f"{self.location} does not hold the attention of site {site!r}")
+        return DenseTiles(self._array(f"{site}/attention"))
+
+    def _array(self, path: str) -> zarr.Array:
+        # Opening an array reads its metadata file: keep what was opened.
+        if path not in self._arrays:
+            self._arrays[path] = self._group[path]  # type: ignore[assignment]
+        return self._arrays[path]
+
+    def _dataset(self, group: str) -> xr.Dataset:
+        return xr.open_zarr(self.store, group=group, consolidated=False, chunks=None, decode_timedelta=False)
+
+    def _sample_coordinate(self) -> np.ndarray:
+        return np.asarray(self._array("samples/id")[:]).astype(object)
+
+    def _coordinates(self, site: str) -> "dict[Hashable, object]":
+        plan = self.plan.sites[site]
+        coordinates: dict[Hashable, object] = {
+            "sample": self._sample_coordinate(),
+            "layer": np.array(plan.layers),
+            "head": np.arange(plan.heads),
+        }
+        for side, stream in (("query", plan.queries), ("key", plan.keys)):
+            tokens = self._dataset(stream)
+            for name in ("kind", "token_text", "row", "column"):
+                variable = tokens[name].variable.copy(deep=False)
+                coordinates[f"{side}_{name.removeprefix('token_')}"] = xr.Variable(
+                    ("sample", f"{side}_token"), variable._data, variable.attrs
+                )
+        return coordinates
+
+
+def open_run(location: str | Path | Store, read_only: bool = True) -> Run:
+    """The run at a folder or URL.
+
+    Raises
+    ------
+    RunError
+        When there is no run, or one of another schema version.
+    """
+    if isinstance(location, str | Path) and "://" not in str(location) and not Path(location).exists():
+        raise RunError(f"there is no run at {str(location)!r}")
+    store = open_store(location, read_only)
+    try:
+        attrs = open_group(store).attrs
+    except (FileNotFoundError, KeyError, ValueError):
+        raise RunError(f"{str(location)!r} is not a run: it holds no zarr group") from None
+    schema = attrs.get("schema")
+    if schema is None:
+        raise RunError(f"{str(location)!r} is not a finished run header: it names no schema; extract it again")
+    if schema != SCHEMA_VERSION:
+        raise RunError(
+            f"{str(location)!r} has schema {schema!r}, this attnscope reads {SCHEMA_VERSION};"
+            " extract it again, or use the attnscope that wrote it"
+        )
+    return Run(store, str(location))
+
+
+def versions() -> dict[str, str]:
+    """Versions of attnscope, Python and what the numbers depend on, as far as they are installed."""
+    names = ("attnscope", "torch", "transformers", "zarr", "xarray", "numpy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found | {"python": platform.python_version(), "platform": sys.platform}
+
+
+def _arrays_of(plan: RunPlan, spec: ExtractSpec) -> Iterable[tuple[str, Quantity, dict[str, int]]]:
+    """Path, table row and sizes of every array that a run of this plan holds, weights aside."""
+    sample_rows = ("id", "text", "regions", "image_digest", "reason", "status")
+    for name in (*sample_rows, *(("thumbnail",) if plan.thumbnails else ())):
+        yield f"samples/{name}", quantity("samples", name), plan.sizes()
+    for stream, tokens in plan.streams.items():
+        for name in ("token_text", "kind", "row", "column"):
+            yield f"{stream}/{name}", quantity("stream", name), {"token": tokens}
+    for name, site in plan.sites.items():
+        for wanted in sorted(spec.quantities & set(SITE_QUANTITIES) | {"query_valid"}):
+            yield f"{name}/{wanted}", SITE_QUANTITIES[wanted], plan.sizes(site)
+    if "score" in spec.quantities or spec.needs_gradient:
+        yield "outputs/score", quantity("outputs", "score"), plan.sizes()
+
+
+def _create_array(
+    root: zarr.Group, path: str, row: Quantity, sizes: Mapping[str, int], unit: int, spec: ExtractSpec
+) -> None:
+    shape = tuple(sizes[d] for d in row.dims)
+    text = row.dtype == "string"
+    dtype = _stored_dtype(row, spec)
+    chunks, shards = (shape, None) if not shape else _chunks(row, shape, unit, 64 if text else np.dtype(dtype).itemsize)
+    attrs: dict[str, object] = {"long_name": row.meaning, "units": row.units}
+    if path.endswith("/attention"):
+        attrs["bound"] = _ATTENTION_BOUND[spec.encoding]
+    if row.group == "stream" and row.name == "kind":
+        attrs |= {"flag_values": list(range(len(KINDS))), "flag_meanings": " ".join(KINDS)}
+    root.create_array(
+        path,
+        shape=shape,
+        dtype=str if text else dtype,
+        chunks=chunks,
+        shards=shards,
+        compressors=zarr.codecs.ZstdCodec(level=1, checksum=True),
+        fill_value=row.fill,
+        dimension_names=row.dims,
+        attributes=attrs,
+    )
+
+
+def _chunks(
+    row: Quantity, shape: tuple[int, ...], unit: int, itemsize: int
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Chunk near 1 MiB; shard of a whole block, and of one layer where there are layers."""
+    block = [min(unit, n) if d == "sample" else 1 if d == "layer" else n for d, n in zip(row.dims, shape, strict=True)]
+    if row.name == "id" or (row.group == "samples" and row.name in ("text", "regions")):
+        block[0] = min(shape[0], 2**16)
+    chunk = list(block)
+    for axis in (row.dims.index(d) for d in ("sample", "head", "kv_head") if d in row.dims):
+        while chunk[axis] > 1 and int(np.prod(chunk)) * itemsize > _CHUNK_BYTES and row.dtype != "string":
+            chunk[axis] = _next_divisor(block[axis], chunk[axis])
+    block = [max(1, n) for n in block]
+    chunk = [max(1, n) for n in chunk]
+    return tuple(chunk), None if chunk == block else tuple(block)
+
+
+def _next_divisor(whole: int, below: int) -> int:
+    return next(n for n in range(below - 1, 0, -1) if whole % n == 0)
+
+
+def _stored_dtype(row: Quantity, spec: ExtractSpec) -> str:
+    if row.name == "attention" and spec.encoding == "exact":
+        return "float32"
+    return row.dtype
+
+
+def _item_bytes(row: Quantity, spec: ExtractSpec) -> int:
+    return np.dtype(_stored_dtype(row, spec)).itemsize
+
+
+def _count(row: Quantity, sizes: Mapping[str, int]) -> int:
+    return int(np.prod([sizes[d] for d in row.dims if d != "sample"]))
+
+
+def _write_site_coordinates(group: zarr.Group, site: SitePlan) -> None:
+    group.attrs.put({"queries": site.queries, "keys": site.keys, "modules": list(site.modules),
+                     "kernels": list(site.kernels), "guessed": site.guessed})  # fmt: skip
+    _write_layers(group, site)
+    group.create_array("head", data=np.arange(site.heads), dimension_names=("head",), overwrite=True)
+
+
+def _write_layers(group: zarr.Group, site: SitePlan) -> None:
+    group.create_array("layer", data=np.array(site.layers, np.int64), dimension_names=("layer",), overwrite=True)
+
+
+def _plan_to_attrs(plan: RunPlan) -> dict[str, object]:
+    return json.loads(json.dumps(asdict(plan)))
+
+
+def _plan_from_attrs(plain: Mapping[str, object]) -> RunPlan:
+    sites = {}
+    for name, fields in plain["sites"].items():  # type: ignore[attr-defined]
+        sites[name] = SitePlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    return RunPlan(
+        streams=dict(plain["streams"]),  # type: ignore[call-overload]
+        sites=sites,
+        unit=int(plain["unit"]),  # type: ignore[call-overload]
+        conditions=tuple(plain["conditions"]),  # type: ignore[arg-type]
+        thumbnails=bool(plain["thumbnails"]),
+    )
+
+
+def _strings(values: Iterable[str]) -> np.ndarray:
+    return np.array(list(values), dtype=object)
+
+
+def _without_text_dtypes(result: xr.Dataset) -> xr.Dataset:
+    """Fixed-width text has no stable place in the zarr specification; object strings have."""
+    changed = {n: v.astype(object) for n, v in result.variables.items() if v.dtype.kind == "U"}
+    return result.assign_coords({n: v for n, v in changed.items() if n in result.coords}).assign(
+        {n: v for n, v in changed.items() if n not in result.coords}
+    )
+
+
+__all__ = ["MissingQuantity", "Run", "RunError", "RunPlan", "SitePlan", "StoreError", "open_run", "unit_for"]

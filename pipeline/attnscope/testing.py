@@ -1,0 +1,97 @@
+"""For authors of analysers and families: runs with a known content, and checks of the contracts."""
+
+import dataclasses
+
+import numpy as np
+import xarray as xr
+
+from attnscope.analysis import Analyser, analyse
+from attnscope.quantities import ExtractSpec
+from attnscope.run import EXTRACTED, Run, RunPlan, SitePlan
+from attnscope.samples import Region, Sample
+from attnscope.tokens import grid_layout
+
+
+def make_run(
+    samples: int = 3,
+    *,
+    layers: int = 2,
+    heads: int = 2,
+    grid: tuple[int, int] = (3, 3),
+    channels: int = 4,
+    features: int = 8,
+    seed: int = 0,
+    quantities: frozenset[str] = frozenset({"attention", "attention_relevance", "weights", "score"}),
+    location: str | None = None,
+) -> Run:
+    """A finished run of one site, 'vision.self': a CLS token and a patch grid, filled by a seeded generator.
+
+    Attention rows are softmaxes of normal scores (standard deviation 2), `attention_relevance` is the positive part
+    of a normal draw, weights are normal. Every sample carries one region over the upper left patch.
+    """
+    generator = np.random.default_rng(seed)
+    tokens = 1 + grid[0] * grid[1]
+    site = SitePlan(
+        queries="vision",
+        keys="vision",
+        layers=tuple(range(layers)),
+        modules=tuple(f"encoder.layer.{i}.attention" for i in range(layers)),
+        heads=heads,
+        kv_heads=heads,
+        query_tokens=tokens,
+        key_tokens=tokens,
+        channels=channels,
+        value_channels=channels,
+    )
+    plan = RunPlan(streams={"vision": tokens}, sites={"vision.self": site}, unit=2, thumbnails=True)
+    spec = ExtractSpec(quantities=quantities, encoding="exact")
+    listed = [Sample(f"sample-{i}", text=f"thing {i}", regions=(Region("thing", (0, 0, 1, 1)),)) for i in range(samples)]
+    run = Run.create(location, plan, spec, listed, {"model": "made", "family": "made", "target": spec.target or ""})
+    for block in run.blocks():
+        scores = generator.normal(0, 2, (len(block), layers, heads, tokens, tokens))
+        attention = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        relevance = np.clip(generator.normal(0, 1, (len(block), layers, tokens, tokens)), 0, None)
+        run.write_tokens("vision", block, grid_layout(len(block), *grid))
+        for layer in range(layers):
+            run.write_layer("vision.self", "query_valid", block, layer, np.ones((len(block), tokens), bool))
+            if "attention" in quantities:
+                run.write_layer("vision.self", "attention", block, layer, attention[:, layer].astype(np.float32))
+            if "attention_relevance" in quantities:
+                run.write_layer("vision.self", "attention_relevance", block, layer, relevance[:, layer])
+        if "score" in quantities:
+            run.write_block("outputs/score", block, generator.normal(size=(1, len(block))).astype(np.float32))
+        pictures = generator.integers(0, 255, (len(block), 224, 224, 3), dtype=np.uint8)
+        run.write_block("samples/thumbnail", block, pictures)
+        run.commit(block, np.full(len(block), EXTRACTED))
+    if "weights" in quantities:
+        for layer in range(layers):
+            query, key = generator.normal(size=(2, heads, channels, features)).astype(np.float32)
+            zeros = np.zeros((heads, channels), np.float32)
+            run.write_weights(
+                "vision.self", layer, {"query": query, "key": key, "query_bias": zeros, "key_bias": zeros}
+            )
+    return run
+
+
+def check_analyser(analyser: Analyser) -> xr.Dataset:
+    """Hold an analyser to its contract on a made run, and give its result.
+
+    Checked: options are the fields of a frozen dataclass; `requires` is pure; the result is labelled, the same when
+    computed again, and shown by `report`.
+
+    Raises
+    ------
+    AssertionError
+        Naming the first point of the contract that is not kept.
+    """
+    assert dataclasses.is_dataclass(analyser), f"{type(analyser).__name__} is not a dataclass"
+    assert type(analyser).__dataclass_params__.frozen, f"{type(analyser).__name__} is not frozen"  # type: ignore[attr-defined]
+    spec = analyser.requires()
+    assert spec == analyser.requires(), "requires() gives different specs"
+    run = make_run(quantities=spec.quantities | {"attention"})
+    result = analyse(run, analyser)
+    xr.testing.assert_identical(result.drop_attrs(), analyse(run, analyser, save=False).drop_attrs())
+    xr.testing.assert_equal(result, run.analysis(analyser.name))
+    html = "".join(element.html() for element in analyser.report(result))
+    assert html, "report() shows nothing"
+    return result
