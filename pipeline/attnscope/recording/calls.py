@@ -1,0 +1,310 @@
+"""One recorded attention call, and the attention that follows from it in closed form.
+
+    attention[i, j] = exp(score[i, j] - log_sum_exp[i])
+    score = softcap * tanh(scale * query . key / softcap) + bias + mask
+
+Queries and keys are what the kernel received, so nothing here depends on which kernel ran. Everything is computed in
+float32, without a graph, and block by block where the result is smaller than the attention itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Index: TypeAlias = "slice | int | Sequence[int] | Tensor"
+
+ALL = slice(None)
+
+# Additive masks hold finfo.min, -inf, -1e9 or -1e4, by family. exp(-9e3) is zero in every floating type, so that reading
+# such an entry as "masked" changes nothing but rows that are masked as a whole.
+MASKED_BELOW = -9e3
+
+_QUIET: ContextVar[bool] = ContextVar("attnscope_quiet", default=False)
+
+
+def is_quiet() -> bool:
+    """Whether the operations that run now are ours, so that no tap may record them and no audit count them."""
+    return _QUIET.get()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Run operations that no recording sees, without a graph."""
+    token = _QUIET.set(True)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _QUIET.reset(token)
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """What one attention kernel received and returned.
+
+    Tensors are the model's own, not copies: `query` (batch, head, query_token, channel), `key` (batch, kv_head,
+    key_token, channel) and `value` (batch, kv_head, key_token, value_channel) as the kernel got them (after rotary
+    embedding and normalisation, not repeated under grouped heads); `output` (batch, query_token, head, value_channel)
+    is in the autograd graph of the model where there is one, for dL/d(output).
+
+    `mask` is broadcastable to (batch, head, query_token, key_token): True where a query may attend, or additive.
+    `causal` and `window` are rules which the kernel applied on top; query i stands at key position i + `causal_offset`
+    (0: aligned top left, as in sdpa; key_token - query_token: bottom right, as in flash attention).
+    `rows_computed` (batch, query_token) is False where the kernel left a padded query out; None: it left none out.
+
+    `probabilities` (batch, head, query_token, key_token) is kept only where no recipe reproduces the attention; `query`
+    and `key` are then None where they are not known either, and so are `value` and `output` where nothing consumed the
+    probabilities.
+    """
+
+    module: str
+    number: int
+    index: int
+    kernel: str
+    tier: str
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    output: Tensor | None
+    mask: Tensor | None = None
+    causal: bool = False
+    window: int | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    probabilities: Tensor | None = None
+    causal_offset: int = 0
+    rows_computed: Tensor | None = None
+    _versions: tuple[int, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        self._versions = self._current_versions()
+
+    def __repr__(self) -> str:
+        shape = tuple(self.shape) if self.query is not None or self.probabilities is not None else None
+        return f"AttentionCall({self.module!r}, number={self.number}, kernel={self.kernel!r}, shape={shape})"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Size of the attention: (batch, head, query_token, key_token)."""
+        if self.probabilities is not None:
+            return _four(self.probabilities.shape)
+        query, key = self._query_key()
+        batch = max(query.shape[0], key.shape[0])
+        return batch, query.shape[1], query.shape[2], key.shape[2]
+
+    def scores(self, rows: Index = ALL, heads: Index = ALL) -> Tensor:
+        """What the softmax saw, float32 (batch, head, rows, key_token), dimensionless; -inf where masked.
+
+        After scale, softcap, bias and mask. Raises ValueError where only the probabilities are known.
+        """
+        if self.probabilities is not None:
+            raise ValueError(f"{self!r} has no scores: its attention code leaves only probabilities, see attention()")
+        with quietly():
+            return self._scores(_selection(rows), _selection(heads))
+
+    def log_sum_exp(self) -> Tensor:
+        """Logarithm of each row's normaliser, the sink included: float32 (batch, head, query_token), nats.
+
+        -inf for a row without a valid key and without a sink.
+        """
+        if self.probabilities is not None:
+            raise ValueError(f"{self!r} has no log_sum_exp: its attention code leaves only probabilities")
+        with quietly():
+            blocks = [self._log_normaliser(self._scores(rows, ALL), ALL) for rows in self._row_blocks()]
+            return torch.cat(blocks, dim=2).squeeze(3)
+
+    def attention(self, rows: Index = ALL, heads: Index = ALL) -> Tensor:
+        """Attention, float32 (batch, head, rows, key_token), in [0, 1]; zeros in a row without a valid key.
+
+        Rows sum to one, or to less where there is a sink. For a float32 model this equals the softmax that the model
+        would compute eagerly to 2e-6; for bfloat16 and float16 the softmax of the exact products of the half-precision
+        queries and keys, from which the model's own rounded weights differ by up to 4e-3 and 5e-4.
+        """
+        rows, heads = _selection(rows), _selection(heads)
+        with quietly():
+            if self.probabilities is not None:
+                self._check_unchanged()
+                return self.probabilities[:, heads][:, :, rows].float()
+            scores = self._scores(rows, heads)
+            if self.sinks is not None:
+                return _zero_where_empty(torch.exp(scores - self._log_normaliser(scores, heads)), scores)
+            return _zero_where_empty(torch.softmax(scores, dim=-1), scores)
+
+    def row_valid(self) -> Tensor:
+        """Which query rows have a valid key and were computed: bool, broadcastable to (batch, head, query_token)."""
+        with quietly():
+            if self.probabilities is not None:
+                return (self.probabilities > 0).any(dim=-1)
+            valid = torch.cat([self._any_allowed(rows) for rows in self._row_blocks()], dim=2)
+            return valid if self.rows_computed is None else valid & self.rows_computed[:, None]
+
+    def attention_gradient(self, output_gradient: Tensor, rows: Index = ALL, heads: Index = ALL) -> Tensor:
+        """Gradient with respect to the attention, float32 (batch, head, rows, key_token).
+
+        output = attention value, so dL/d(attention) = dL/d(output) value^T, exactly; no attention matrix is needed
+        in the graph.
+
+        Parameters
+        ----------
+        output_gradient
+            dL/d(output), shaped as `output`: (batch, query_token, head, value_channel).
+        """
+        if self.value is None:
+            raise ValueError(f"{self!r} has no attention gradient: no value was multiplied with its probabilities")
+        rows, heads = _selection(rows), _selection(heads)
+        with quietly(), _full_precision(output_gradient):
+            gradient = output_gradient[:, rows][:, :, heads].transpose(1, 2).float()
+            return _grouped_product(gradient, self.value, heads, output_gradient.shape[2])
+
+    def output_error(self, rows: Index = ALL) -> float:
+        """Largest absolute difference between attention times value and the recorded output, over the valid rows.
+
+        Proof that the recipe is what the kernel did. Not meaningful where dropout ran, nor for a module whose
+        output could not be recovered.
+        """
+        if self.value is None or self.output is None:
+            raise ValueError(f"{self!r} has no output to compare with")
+        rows = _selection(rows)
+        attention = self.attention(rows)
+        with quietly(), _full_precision(attention):
+            groups = attention.shape[1] // self.value.shape[1]
+            value = self.value.float().repeat_interleave(groups, dim=1)
+            difference = (attention @ value).transpose(1, 2) - self.output[:, rows].float()
+            valid = self.row_valid().expand(*self.shape[:3])[:, :, rows].transpose(1, 2)
+            difference = difference.abs().amax(dim=-1)[valid.expand(difference.shape[:-1])]
+            return float(difference.max()) if difference.numel() else 0.0
+
+    # -- pieces of the recipe ------------------------------------------------------------------------------------------
+
+    def _query_key(self) -> tuple[Tensor, Tensor]:
+        if self.query is None or self.key is None:
+            raise ValueError(f"{self!r} has neither query and key nor probabilities")
+        return self.query, self.key
+
+    def _tensors(self) -> list[Tensor]:
+        kept = (self.query, self.key, self.value, self.mask, self.bias, self.sinks, self.probabilities)
+        return [tensor for tensor in kept if tensor is not None and not tensor.is_inference()]
+
+    def _current_versions(self) -> tuple[int, ...]:
+        return tuple(tensor._version for tensor in self._tensors())
+
+    def _check_unchanged(self) -> None:
+        if self._current_versions() != self._versions:
+            raise RuntimeError(f"{self!r} was changed in place after its attention ran; read it with on_call instead")
+
+    def _row_blocks(self) -> list[slice]:
+        """Slices of query rows whose scores take about 64 MiB."""
+        batch, head, queries, keys = self.shape
+        size = max(1, 2**24 // max(1, batch * head * keys))
+        return [slice(start, min(start + size, queries)) for start in range(0, queries, size)] or [slice(0, 0)]
+
+    def _scores(self, rows: Index, heads: Index) -> Tensor:
+        self._check_unchanged()
+        query, key = self._query_key()
+        with _full_precision(query):
+            scores = _grouped_product(query[:, heads][:, :, rows].float(), key, heads, query.shape[1]) * self.scale
+            if self.softcap is not None:
+                scores = torch.tanh(scores / self.softcap) * self.softcap
+            for term in (self.bias, self.mask):
+                scores = _add_term(scores, term, rows, heads)
+        positions = self._position_rule(rows)
+        return scores if positions is None else scores.masked_fill(~positions, float("-inf"))
+
+    def _position_rule(self, rows: Index) -> Tensor | None:
+        """Which keys the causal rule and the window leave to a query, bool (rows, key_token); None: all."""
+        if not self.causal and self.window is None:
+            return None
+        _, _, queries, keys = self.shape
+        device = self._query_key()[0].device
+        position = torch.arange(queries, device=device)[rows][:, None] + self.causal_offset
+        distance = position - torch.arange(keys, device=device)[None, :]
+        allowed = torch.ones_like(distance, dtype=torch.bool)
+        if self.causal:
+            allowed &= distance >= 0
+        if self.window is not None:
+            allowed &= distance.abs() < self.window
+        return allowed
+
+    def _log_normaliser(self, scores: Tensor, heads: Index) -> Tensor:
+        total = torch.logsumexp(scores, dim=-1, keepdim=True)
+        if self.sinks is None:
+            return total
+        return torch.logaddexp(total, self.sinks.float()[heads].view(1, -1, 1, 1))
+
+    def _any_allowed(self, rows: slice) -> Tensor:
+        """Which rows have a key that no rule masks: bool, broadcastable to (batch, head, rows)."""
+        device = self._query_key()[0].device
+        allowed = torch.ones(1, 1, rows.stop - rows.start, 1, dtype=torch.bool, device=device)
+        positions = self._position_rule(rows)
+        for rule in (_allowed(self.bias, rows), _allowed(self.mask, rows), positions):
+            allowed = allowed if rule is None else allowed & rule
+        return allowed.any(dim=-1)
+
+
+def _four(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    batch, head, query_token, key_token = shape
+    return batch, head, query_token, key_token
+
+
+def _selection(index: Index) -> Index:
+    """The same selection, keeping its axis."""
+    return slice(index, index + 1 or None) if isinstance(index, int) else index
+
+
+@contextmanager
+def _full_precision(tensor: Tensor) -> Iterator[None]:
+    """Keep an enclosing autocast from narrowing float32 products."""
+    with torch.autocast(device_type=tensor.device.type, enabled=False):
+        yield
+
+
+def _grouped_product(left: Tensor, right: Tensor, heads: Index, head_count: int) -> Tensor:
+    """left (batch, selected head, row, channel) times right (batch, kv_head, key_token, channel)^T, kv heads shared."""
+    groups = head_count // right.shape[1]
+    if groups == 1:
+        return left @ right[:, heads].float().transpose(-1, -2)
+    if isinstance(heads, slice) and heads == ALL:
+        batch, _, row, channel = left.shape
+        packed = left.reshape(batch, right.shape[1], groups * row, channel)
+        return (packed @ right.float().transpose(-1, -2)).view(-1, head_count, row, right.shape[2])
+    shared = torch.arange(head_count, device=right.device)[heads] // groups
+    return left @ right[:, shared].float().transpose(-1, -2)
+
+
+def _take(term: Tensor, rows: Index, heads: Index) -> Tensor:
+    """Rows and heads of a term that is broadcastable to (batch, head, query_token, key_token)."""
+    if term.dim() >= 3 and term.shape[-3] > 1:
+        term = term[..., heads, :, :]
+    if term.dim() >= 2 and term.shape[-2] > 1:
+        term = term[..., rows, :]
+    return term
+
+
+def _add_term(scores: Tensor, term: Tensor | None, rows: Index, heads: Index) -> Tensor:
+    if term is None:
+        return scores
+    term = _take(term, rows, heads)
+    if term.dtype == torch.bool:
+        return scores.masked_fill(~term, float("-inf"))
+    return (scores + term.float()).masked_fill(term <= MASKED_BELOW, float("-inf"))
+
+
+def _allowed(term: Tensor | None, rows: Index) -> Tensor | None:
+    if term is None:
+        return None
+    term = _take(term, rows, ALL)
+    return term if term.dtype == torch.bool else term > MASKED_BELOW
+
+
+def _zero_where_empty(attention: Tensor, scores: Tensor) -> Tensor:
+    empty = (scores == float("-inf")).all(dim=-1, keepdim=True)
+    return attention.masked_fill(empty, 0.0)

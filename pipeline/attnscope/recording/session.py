@@ -1,0 +1,170 @@
+"""Opening and closing a recording: what is patched meanwhile, and that it is all put back."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import AttentionInterface
+
+from attnscope.recording import interface
+from attnscope.recording.audit import Audit
+from attnscope.recording.calls import AttentionCall
+from attnscope.recording.state import ACTIVE, AuditCount, Recording, UnrecordedAttention, observing
+
+
+@contextmanager
+def recording(
+    model: nn.Module, on_call: Callable[[AttentionCall], None] | None = None, audit: bool = True
+) -> Iterator[Recording]:
+    """Record every attention call of a model that runs inside the context.
+
+    Outputs of the model are what they are without it, bit for bit, and nothing stays patched after it. Recordings of
+    other models may be open at the same time, in this thread and in others; none sees another's calls.
+
+    Parameters
+    ----------
+    on_call
+        Called with each call as soon as its attention ran, while the forward goes on; the recording then keeps none of
+        them, so that memory does not grow with the number of layers.
+    audit
+        Count, below autograd, the attention kernels that ran, and raise where one of them was not recorded.
+
+    Notes
+    -----
+    - `generate` records the prompt and every step as further calls of the same modules.
+    - A compiled model runs eagerly inside the context, as the compiled code has no attention calls left to record.
+    - Gradient checkpointing: the forward is recorded, its recomputation in the backward pass is not. With
+      `use_reentrant=True` torch runs the forward without a graph, so that `output` has none either.
+
+    Raises
+    ------
+    UnrecordedAttention
+        On exit, when attention ran that was not recorded; names the modules and the kernels.
+    TypeError
+        When the model is scripted, exported, or replicated over devices: its attention cannot be seen.
+    """
+    _check_model(model)
+    rec = Recording(model, on_call)
+    token = None
+    with ExitStack() as stack:
+        stack.enter_context(_patched())
+        if audit:
+            stack.enter_context(Audit(rec))
+        else:
+            rec.audit = AuditCount(ran=None)
+        token = ACTIVE.set((*ACTIVE.get(), rec))
+        OPEN.append(rec)
+        try:
+            yield rec
+        finally:
+            OPEN.remove(rec)
+            ACTIVE.reset(token)
+    _raise_unrecorded(rec)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"recording needs a torch.nn.Module, got {type(model).__name__!r}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"module {name!r} is a ScriptModule, whose attention cannot be seen; record its source")
+        if isinstance(module, nn.DataParallel):
+            raise TypeError(f"module {name!r} runs replicas in other threads; record its `module` instead")
+
+
+def _raise_unrecorded(rec: Recording) -> None:
+    missed = [f"{name!r}: {kernel} x{times}" for (name, kernel), times in sorted(rec.audit.unrecorded.items())]
+    missed += [f"{name!r}: ran in another thread" for name in sorted(rec.lost)]
+    if missed:
+        raise UnrecordedAttention(f"attention ran that was not recorded, in {'; '.join(missed)}")
+
+
+# -- patches -----------------------------------------------------------------------------------------------------------
+
+OPEN: list[Recording] = []
+_LOCK = threading.Lock()
+_depth = 0
+_originals: list[tuple[type, str, Any]] = []
+_stance: list[AbstractContextManager[Any]] = []
+
+
+@contextmanager
+def _patched() -> Iterator[None]:
+    """Put the taps in place while at least one recording of the process is open."""
+    global _depth
+    with _LOCK:
+        if _depth == 0:
+            _install()
+        _depth += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _depth -= 1
+            if _depth == 0:
+                _restore()
+
+
+def _install() -> None:
+    # The stance belongs to the whole process, so it is counted with the patches. Without dynamo nothing is compiled.
+    _stance.append(torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext())
+    _stance[0].__enter__()
+    for owner, name, wrap in (
+        (AttentionInterface, "get_interface", _tapped_lookup),
+        (AttentionInterface, "__getitem__", _tapped_item),
+        (nn.Module, "__call__", _traced_call),
+    ):
+        _originals.append((owner, name, owner.__dict__.get(name)))
+        setattr(owner, name, wrap(getattr(owner, name)))
+
+
+def _restore() -> None:
+    _stance.pop().__exit__(None, None, None)
+    while _originals:
+        owner, name, original = _originals.pop()
+        if original is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+
+
+def _tapped_lookup(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Any:
+        function = original(self, attn_implementation, default)
+        return interface.tap(function, attn_implementation or "eager") if observing() else function
+
+    return get_interface
+
+
+def _tapped_item(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def __getitem__(self: AttentionInterface, key: str) -> Any:
+        function = original(self, key)
+        return interface.tap(function, key) if observing() else function
+
+    return __getitem__
+
+
+def _traced_call(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        recordings = observing()
+        if not recordings:
+            return original(self, *args, **kwargs)
+        for each in recordings:
+            each.enter(self)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            for each in recordings:
+                each.leave()
+
+    return __call__

@@ -1,0 +1,145 @@
+"""What a recording knows while it is open: whose modules, where in the model the forward stands, what was recorded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from attnscope.recording.calls import AttentionCall, is_quiet
+
+ACTIVE: ContextVar[tuple[Recording, ...]] = ContextVar("attnscope_recordings", default=())
+
+
+class UnrecordedAttention(RuntimeError):
+    """Attention ran in the recorded model that no tap saw, so what was recorded is not all of it."""
+
+
+@dataclass
+class AuditCount:
+    """What the audit counted: attention kernels that ran, those inside a recorded call, and the others by name.
+
+    `unrecorded` counts (module, kernel); `plain_softmaxes` counts softmaxes in modules named like attention that no
+    product consumed. `ran` is None when the recording was opened without the audit.
+    """
+
+    ran: int | None = 0
+    recorded: int = 0
+    unrecorded: Counter[tuple[str, str]] = field(default_factory=Counter)
+    plain_softmaxes: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.recorded} of {self.ran} attention kernels recorded"
+
+
+@dataclass(eq=False)
+class Frame:
+    """A module whose forward is under way. `name` is None outside the recorded model."""
+
+    module: nn.Module
+    name: str | None
+    unconsumed: list[object] = field(default_factory=list)
+
+
+class Recording:
+    """The attention calls of one model, in call order; see `recording`."""
+
+    def __init__(self, model: nn.Module, on_call: Callable[[AttentionCall], None] | None) -> None:
+        self.model = model
+        self.calls: list[AttentionCall] = []
+        self.audit = AuditCount()
+        self.frames: list[Frame] = []
+        self.lost: set[str] = set()
+        self._names = {id(module): _plain_name(name) for name, module in model.named_modules()}
+        self._on_call = on_call
+        self._numbers: Counter[str] = Counter()
+        self._inside = 0
+
+    def __iter__(self) -> Iterator[AttentionCall]:
+        return iter(self.calls)
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def __getitem__(self, index: int) -> AttentionCall:
+        return self.calls[index]
+
+    # -- where the forward stands --------------------------------------------------------------------------------------
+
+    def owns(self, module: nn.Module) -> bool:
+        return id(module) in self._names
+
+    def name_of(self, module: nn.Module) -> str | None:
+        """Qualified name; of the nearest registered ancestor for a module that the model does not register."""
+        return self._names.get(id(module), self.where() if self.frames else None)
+
+    def where(self) -> str | None:
+        """Name of the innermost module under way; '' outside any module, None inside a foreign one."""
+        return self.frames[-1].name if self.frames else ""
+
+    def enter(self, module: nn.Module) -> None:
+        self.frames.append(Frame(module, self.name_of(module)))
+
+    def leave(self) -> Frame:
+        return self.frames.pop()
+
+    # -- what is recorded ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Kernels that run here belong to a call which a tap records."""
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    @property
+    def is_inside(self) -> bool:
+        return self._inside > 0
+
+    def add(self, name: str, make: Callable[[str, int, int], AttentionCall]) -> None:
+        """Record the call that `make` builds from its module name, its number and its index."""
+        index = sum(self._numbers.values())
+        call = make(name, self._numbers[name], index)
+        self._numbers[name] += 1
+        if self._on_call is None:
+            self.calls.append(_keepable(call))
+        else:
+            self._on_call(call)
+
+
+def observing() -> tuple[Recording, ...]:
+    """Recordings of this thread that may see what runs now: not our own operations, not a backward pass.
+
+    What runs while gradients are computed is the recomputation of a checkpointed forward, recorded once already.
+    """
+    active = ACTIVE.get()
+    if not active or is_quiet() or torch._C._current_graph_task_id() != -1:
+        return ()
+    return active
+
+
+def _plain_name(name: str) -> str:
+    """The name without the wrapper that `torch.compile` puts around a module."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _keepable(call: AttentionCall) -> AttentionCall:
+    """The call with its own copy of a key and a value that live in a cache, which later steps overwrite."""
+    call.key, call.value = (_copy_of_cached(tensor, call) for tensor in (call.key, call.value))
+    call.__post_init__()
+    return call
+
+
+def _copy_of_cached(tensor: Tensor | None, call: AttentionCall) -> Tensor | None:
+    if tensor is None or call.query is None:
+        return tensor
+    # An inference tensor has no version: there, a key longer than the query is what a cache returns.
+    cached = tensor.shape[-2] != call.query.shape[-2] if tensor.is_inference() else tensor._version > 0
+    return tensor.detach().clone() if cached else tensor
