@@ -23,8 +23,9 @@ from xarray.core import indexing
 from zarr.abc.store import Store
 
 from attnscope.attention_array import DIMS, AttentionArray, DenseTiles, TileSource
-from attnscope.quantities import SCHEMA_VERSION, SITE_QUANTITIES, ExtractSpec, Quantity, quantity
+from attnscope.quantities import DERIVED_FROM, SCHEMA_VERSION, SITE_QUANTITIES, ExtractSpec, Quantity, quantity
 from attnscope.samples import Sample
+from attnscope.selection import Choice, select
 from attnscope.stores import StoreError, open_group, open_store, remove_partial_files
 from attnscope.tokens import KINDS, TokenLayout
 
@@ -61,6 +62,7 @@ class SitePlan:
     key_tokens: int
     channels: int = 0
     value_channels: int = 0
+    call_numbers: tuple[int, ...] = ()
     kernels: tuple[str, ...] = ()
     guessed: bool = False
 
@@ -310,6 +312,28 @@ class Run:
             product = self.array(site, "attention_grad") * self.attention(site)
             return product.clip(min=0).mean("head").rename(name)
         raise MissingQuantity(f"{self.location} does not hold {name!r} at site {site!r}")
+
+    def quantities(self, site: str) -> tuple[str, ...]:
+        """Names of the quantities that `array` gives for a site."""
+        self._site(site)
+        wanted = self.spec.quantities
+        derived = {small for small, full in DERIVED_FROM.items() if {full, "attention"} <= wanted}
+        held = wanted | derived | {"query_valid"}
+        return tuple(name for name in SITE_QUANTITIES if name in held)
+
+    def select(
+        self,
+        site: str,
+        *,
+        quantity: str = "attention",
+        sample: Choice = None,
+        layer: Choice = None,
+        head: Choice = None,
+        query: Choice = None,
+        key: Choice = None,
+    ) -> xr.DataArray:
+        """A part of a quantity of a site, by the names that people use; see `attnscope.selection.select`."""
+        return select(self, site, quantity=quantity, sample=sample, layer=layer, head=head, query=query, key=key)
 
     def weights(self, site: str) -> xr.Dataset:
         """Query and key projections of a site: `query` (layer, head, channel, feature), `key` with kv_head, biases."""

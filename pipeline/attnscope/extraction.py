@@ -1,0 +1,631 @@
+"""Extraction: run a model over samples and write what it attends to into a run.
+
+Whole blocks of samples at a time: encode, forward under `recording` (and backward where a gradient is wanted), reduce
+and encode each layer as it comes, write, and mark the block as done at the very end.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from zarr.abc.store import Store
+
+from attnscope.analysis import requirements
+from attnscope.families import Inputs
+from attnscope.families.layouts import patch_tokens, text_tokens
+from attnscope.loading import LoadedModel, load_model
+from attnscope.planning import (
+    Prepared,
+    RecordingError,
+    check_rows,
+    check_space,
+    forecast_bytes,
+    plan_run,
+    prepare,
+    probe,
+    run_model,
+)
+from attnscope.quantities import ExtractSpec, union
+from attnscope.recording import AttentionCall, recording
+from attnscope.run import EXTRACTED, LEFT_OUT, THUMBNAIL_PIXELS, Run, RunError, open_run
+from attnscope.samples import Sample, SampleError, read_samples, unique_ids
+from attnscope.tokens import TokenLayout, unknown_layout
+from attnscope.writing import BlockBuffer, BlockWriter, TokenBuffer, head_tiles
+
+if TYPE_CHECKING:
+    from attnscope.analysis import Analyser
+
+_SEED = 0
+_BATCH_LIMIT = 16
+_DEFAULT_LAYOUTS = {"vision": patch_tokens, "text": text_tokens()}
+
+
+class DeadlineReached(RuntimeError):
+    """The time that was given is over; the run can be resumed."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an extraction is: samples done of all, left out, bytes encoded, seconds since the start."""
+
+    stage: str
+    done: int
+    total: int
+    left_out: int
+    bytes_written: int
+    seconds: float
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class ReadySample:
+    """One sample whose model inputs were made by the caller; tensors have a leading axis of length 1."""
+
+    id: str
+    inputs: Inputs
+
+
+@dataclass
+class _Job:
+    """What does not change while a run is extracted."""
+
+    loaded: LoadedModel
+    run: Run
+    spec: ExtractSpec
+    prepared: Prepared
+    ready: Sequence[Inputs] | None
+    batch_size: int
+    writer: BlockWriter
+    places: Mapping[tuple[str, int], tuple[str, int]]
+    ignored: frozenset[tuple[str, int]]
+
+
+def extract(
+    model: str | Path | torch.nn.Module,
+    samples: "str | Path | Iterable[Sample] | Iterable[Mapping[str, torch.Tensor]]",
+    analysers: "Iterable[Analyser]" = (),
+    out: str | Path | Store | None = None,
+    *,
+    spec: ExtractSpec | None = None,
+    target: str | int | None = None,
+    encoding: str | None = None,
+    form: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    deadline: float | None = None,
+) -> Run:
+    """Extract into a new run, or finish one that was begun with the same call.
+
+    Parameters
+    ----------
+    model
+        A hub name, a folder with safetensors, `embedded:NAME`, or a loaded module.
+    samples
+        A source (see `read_samples`), `embedded:photographs` or `embedded:sentences`, an iterable of `Sample`, or of
+        ready inputs: dicts of tensors with a leading batch axis.
+    analysers, spec
+        What to record: the union of what the analysers require and the spec; without analysers the spec defaults to
+        the attention of every layer, and with them attention is recorded as well unless a spec is given.
+    out
+        A folder or URL; None for a run in memory.
+    target
+        The scalar that gradients are taken of, see `ExtractSpec`.
+    deadline
+        Seconds after which no further block is begun.
+
+    Raises
+    ------
+    ModelError, SampleError, RunError, StoreError, RecordingError, UnrecordedAttention
+        Each with one sentence that says what to do.
+    """
+    started = time.monotonic()
+    wanted = _wanted(analysers, spec, target, encoding, form)
+    listed, ready = _listed(samples, limit)
+    loaded = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    report = _Reporter(progress, started, len(listed))
+    with _evaluation(loaded.model):
+        prepared = prepare(listed, loaded) if ready is None else Prepared(listed, _ready_lengths(ready), {})
+        run = _open_or_create(loaded, wanted, prepared, ready, out, batch_size, report)
+        _extract_blocks(loaded, run, wanted, prepared, ready, batch_size, report, deadline)
+    return run
+
+
+def _wanted(
+    analysers: "Iterable[Analyser]",
+    spec: ExtractSpec | None,
+    target: str | int | None,
+    encoding: str | None,
+    form: str | None,
+) -> ExtractSpec:
+    chosen = list(analysers)
+    beside = [spec] if spec is not None else [ExtractSpec()]
+    wanted = requirements(chosen, beside) if chosen else union(beside)
+    changes = {"target": target, "encoding": encoding, "form": form}
+    return replace(wanted, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
+
+
+def _listed(
+    samples: "str | Path | Iterable[Sample] | Iterable[Mapping[str, torch.Tensor]]", limit: int | None
+) -> tuple[list[Sample], list[Inputs] | None]:
+    """The samples in order; for ready inputs, stand-ins with numbers for names and one-row inputs beside them."""
+    if isinstance(samples, str | Path):
+        return _from_source(str(samples), limit), None
+    given = list(samples)
+    if not given:
+        raise SampleError("there are no samples: the iterable is empty")
+    if isinstance(given[0], Sample):
+        return unique_ids(given)[:limit], None  # type: ignore[arg-type]
+    rows = [{k: v[i : i + 1] for k, v in batch.items()} for batch in given for i in range(_batch_length(batch))][:limit]  # type: ignore[union-attr, arg-type]
+    return [Sample(f"input-{i}") for i in range(len(rows))], rows
+
+
+def _from_source(source: str, limit: int | None) -> list[Sample]:
+    if not source.startswith("embedded:"):
+        return read_samples(source, limit)
+    from attnscope.embedded import embedded_samples
+
+    try:
+        return embedded_samples(source.removeprefix("embedded:"))[:limit]
+    except ModuleNotFoundError as error:
+        raise SampleError(str(error)) from None
+
+
+def _batch_length(batch: Mapping[str, torch.Tensor]) -> int:
+    lengths = {len(v) for v in batch.values()}
+    if len(lengths) != 1:
+        raise SampleError(f"ready inputs have different batch sizes: {sorted(lengths)}")
+    return lengths.pop()
+
+
+def _ready_lengths(ready: Sequence[Inputs]) -> np.ndarray:
+    return np.array([x["input_ids"].shape[1] if "input_ids" in x else 0 for x in ready], np.int64)
+
+
+def _open_or_create(
+    loaded: LoadedModel,
+    spec: ExtractSpec,
+    prepared: Prepared,
+    ready: Sequence[Inputs] | None,
+    out: str | Path | Store | None,
+    batch_size: int | None,
+    report: "_Reporter",
+) -> Run:
+    report("plan", message=f"checking {loaded.name}")
+    digest = loaded.digest()
+    existing = _existing(out)
+    if existing is not None:
+        _check_same(existing, spec, prepared, digest)
+        existing.tidy()
+        return existing
+    inputs = _probe_inputs(loaded, prepared, ready)
+    calls = probe(loaded, inputs)
+    thumbnails = ready is None and any(s.image is not None for s in prepared.samples)
+    plan = plan_run(calls, spec, len(prepared.samples), batch_size, thumbnails)
+    forecast = forecast_bytes(calls, plan, spec, len(prepared.samples))
+    report("plan", message=f"the run will take about {_megabytes(forecast)}")
+    check_space(forecast, out)
+    run = Run.create(out, plan, spec, prepared.samples, _described(loaded, spec, digest, forecast))
+    if "weights" in spec.quantities:
+        _write_weights(loaded, run)
+    return run
+
+
+def _existing(out: str | Path | Store | None) -> Run | None:
+    """The run that stands at a place already; None where there is none, or one whose making was cut short."""
+    if out is None:
+        return None
+    try:
+        return open_run(out, read_only=False)
+    except RunError as error:
+        if "has schema" in str(error):
+            raise
+        return None
+
+
+def _check_same(run: Run, spec: ExtractSpec, prepared: Prepared, digest: str) -> None:
+    if run.attrs.get("weights_digest") != digest:
+        raise RunError(f"{run.location} was extracted from other weights ({run.attrs.get('model')}); choose another place")
+    if run.spec != spec:
+        run.require(spec)
+    if run.sample_ids != [s.id for s in prepared.samples]:
+        raise RunError(f"{run.location} holds other samples than these; choose another place")
+
+
+def _described(loaded: LoadedModel, spec: ExtractSpec, digest: str, forecast: int) -> dict[str, object]:
+    return {
+        "model": loaded.name,
+        "revision": loaded.revision or "",
+        "model_class": type(loaded.model).__name__,
+        "weights_digest": digest,
+        "family": loaded.family.name,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": loaded.device.type,
+        "attention_kernel": str(getattr(loaded.config, "_attn_implementation", None) or "own code"),
+        "target": "" if spec.target is None else spec.target,
+        "seed": _SEED,
+        "forecast_bytes": forecast,
+    }
+
+
+def _probe_inputs(loaded: LoadedModel, prepared: Prepared, ready: Sequence[Inputs] | None) -> Inputs:
+    """The inputs of the longest sample that can be encoded: no later one needs more tokens."""
+    if ready is not None:
+        return dict(ready[int(prepared.lengths.argmax())])
+    for i in sorted(range(len(prepared.samples)), key=lambda i: -prepared.lengths[i]):
+        if i in prepared.problems:
+            continue
+        try:
+            return loaded.family.encode([prepared.samples[i]], loaded)
+        except SampleError as error:
+            prepared.problems[i] = _blameless(str(error))
+    first = next(iter(prepared.problems.items()))
+    raise SampleError(
+        f"none of the {len(prepared.samples)} samples can be used;"
+        f" the first, {prepared.samples[first[0]].id!r}: {first[1]}"
+    )
+
+
+def _blameless(message: str) -> str:
+    """The reason alone: the sample's name stands beside it in the run."""
+    return message
+
+
+def _write_weights(loaded: LoadedModel, run: Run) -> None:
+    from attnscope.families.weights import projections
+
+    for name, site in run.plan.sites.items():
+        for position, module in enumerate(site.modules):
+            arrays = projections(loaded.model, module, site)
+            if arrays is not None:
+                run.write_weights(name, position, arrays)
+
+
+def _extract_blocks(
+    loaded: LoadedModel,
+    run: Run,
+    spec: ExtractSpec,
+    prepared: Prepared,
+    ready: Sequence[Inputs] | None,
+    batch_size: int | None,
+    report: "_Reporter",
+    deadline: float | None,
+) -> None:
+    missing = run.missing()
+    status = run.status
+    report.already(int((status != 0).sum()), int((status == LEFT_OUT).sum()))
+    size = batch_size or min(run.plan.unit, _BATCH_LIMIT)
+    places = {
+        (module, number): (name, position)
+        for name, site in run.plan.sites.items()
+        for position, (module, number) in enumerate(zip(site.modules, site.call_numbers, strict=True))
+    }
+    writer = BlockWriter()
+    job = _Job(loaded, run, spec, prepared, ready, size, writer, places, frozenset())
+    try:
+        for block in missing:
+            if deadline is not None and report.seconds > deadline:
+                raise DeadlineReached(
+                    f"stopped at the deadline with {report.done} of {report.total} samples done; repeat the command"
+                )
+            left_out, nbytes = _extract_block(job, block)
+            report.add(len(block), left_out, nbytes)
+    finally:
+        writer.close()
+    report("done")
+
+
+def _extract_block(job: _Job, block: range) -> tuple[int, int]:
+    """Extract and commit one block; the number of samples left out and the bytes written."""
+    batches, problems = _encoded_batches(job, block)
+    rows = [r for batch_rows, _ in batches for r in batch_rows]
+    buffer = BlockBuffer(job.run, block, rows, job.writer)
+    tokens = {name: TokenBuffer(len(block), count) for name, count in job.run.plan.streams.items()}
+    scores = np.full((1, len(block)), np.nan, np.float32)
+    pictures = np.zeros((len(block), THUMBNAIL_PIXELS, THUMBNAIL_PIXELS, 3), np.uint8)
+    with torch.random.fork_rng(devices=_cuda_devices(job.loaded)):
+        torch.manual_seed(_SEED + block.start)
+        for batch_rows, inputs in batches:
+            score = _run_batch(job, buffer, batch_rows, inputs)
+            if score is not None:
+                scores[0, batch_rows] = score
+            for name, layout in _layouts(job, inputs).items():
+                tokens[name].put(batch_rows, layout)
+            if job.run.plan.thumbnails:
+                pictures[batch_rows] = _thumbnails(job, block, batch_rows, inputs)
+    if rows and (unfinished := buffer.unfinished()):
+        raise RecordingError(f"the model did not run {unfinished[0]} for every sample; its calls differ between batches")
+    _write_rest(job, block, tokens, scores, pictures, problems)
+    return len(problems), buffer.bytes
+
+
+def _write_rest(
+    job: _Job,
+    block: range,
+    tokens: Mapping[str, TokenBuffer],
+    scores: np.ndarray,
+    pictures: np.ndarray,
+    problems: Mapping[int, str],
+) -> None:
+    run = job.run
+    for name, stream in tokens.items():
+        run.write_tokens(name, block, stream.layout)
+    if "score" in job.spec.quantities or job.spec.needs_gradient:
+        run.write_block("outputs/score", block, scores)
+    if run.plan.thumbnails:
+        run.write_block("samples/thumbnail", block, pictures)
+    samples = [job.prepared.samples[i] for i in block]
+    digests = ["" if r in problems else s.image_digest() for r, s in enumerate(samples)]
+    run.write_block("samples/image_digest", block, np.array(digests, object))
+    run.write_block("samples/reason", block, np.array([problems.get(r, "") for r in range(len(block))], object))
+    job.writer.flush()
+    run.commit(block, np.array([LEFT_OUT if r in problems else EXTRACTED for r in range(len(block))]))
+
+
+def _encoded_batches(job: _Job, block: range) -> tuple[list[tuple[list[int], Inputs]], dict[int, str]]:
+    """Inputs of a block in batches of like length: (rows in the block, inputs); and the reasons of those left out."""
+    problems = {i - block.start: job.prepared.problems[i] for i in block if i in job.prepared.problems}
+    rows = [r for r in range(len(block)) if r not in problems]
+    rows.sort(key=lambda r: job.prepared.lengths[block.start + r])
+    batches = []
+    for start in range(0, len(rows), job.batch_size):
+        chosen = rows[start : start + job.batch_size]
+        usable, inputs = _encode(job, block, chosen, problems)
+        if usable:
+            batches.append((usable, inputs))
+    return batches, problems
+
+
+def _encode(job: _Job, block: range, rows: list[int], problems: dict[int, str]) -> tuple[list[int], Inputs]:
+    if job.ready is not None:
+        return rows, _collated([job.ready[block.start + r] for r in rows])
+    encode = job.loaded.family.encode
+    samples = [job.prepared.samples[block.start + r] for r in rows]
+    try:
+        return rows, encode(samples, job.loaded)
+    except SampleError:
+        pass
+    usable = []
+    for row, sample in zip(rows, samples, strict=True):
+        try:
+            encode([sample], job.loaded)
+            usable.append(row)
+        except SampleError as error:
+            problems[row] = _blameless(str(error))
+    kept = [job.prepared.samples[block.start + r] for r in usable]
+    return usable, encode(kept, job.loaded) if kept else {}
+
+
+def _collated(rows: Sequence[Inputs]) -> Inputs:
+    """One batch from one-row inputs; shorter ones are padded at the end with zeros, as their mask then says."""
+    batch = {}
+    for name in rows[0]:
+        longest = [max(sizes) for sizes in zip(*(r[name].shape for r in rows), strict=True)]
+        parts = []
+        for row in rows:
+            pad = [n for d in range(row[name].ndim - 1, 0, -1) for n in (0, longest[d] - row[name].shape[d])]
+            parts.append(torch.nn.functional.pad(row[name], pad))
+        batch[name] = torch.cat(parts)
+    return batch
+
+
+def _run_batch(job: _Job, buffer: BlockBuffer, rows: list[int], inputs: Inputs) -> np.ndarray | None:
+    """Forward one batch, and backward where gradients are wanted; every call goes into the buffer."""
+    take = _Taker(job, buffer, rows)
+    if not job.spec.needs_gradient:
+        with torch.no_grad(), recording(job.loaded.model, on_call=take):
+            outputs = run_model(job.loaded, inputs)
+        if "score" not in job.spec.quantities:
+            return None
+        return job.loaded.family.score(outputs, job.spec.target, inputs, job.loaded).float().cpu().numpy()
+    with torch.enable_grad(), _graph_from_inputs(job.loaded.model, inputs) as leaves:
+        with recording(job.loaded.model) as recorded:
+            outputs = run_model(job.loaded, leaves)
+        score = job.loaded.family.score(outputs, job.spec.target, inputs, job.loaded)
+        calls = [c for c in recorded if (c.module, c.number) in job.places]
+        gradients = _output_gradients(score, calls)
+    del outputs
+    for i, (call, gradient) in enumerate(zip(calls, gradients, strict=True)):
+        take(call, gradient)
+        calls[i] = None  # type: ignore[call-overload]
+    return score.detach().float().cpu().numpy()
+
+
+def _output_gradients(score: torch.Tensor, calls: Sequence[AttentionCall]) -> list[torch.Tensor | None]:
+    """Derivative of the score by the output of each call; None where the score doesn't depend on it."""
+    if not score.requires_grad:
+        raise RecordingError("the score does not depend on the model's inputs: no gradient can be taken of it")
+    dependent = [c.output for c in calls if c.output is not None and c.output.requires_grad]
+    found = iter(torch.autograd.grad(score.sum(), dependent, allow_unused=True) if dependent else ())
+    return [next(found) if c.output is not None and c.output.requires_grad else None for c in calls]
+
+
+class _Taker:
+    """Turns each recorded call of one batch into the wanted quantities and puts them into the block's buffer."""
+
+    def __init__(self, job: _Job, buffer: BlockBuffer, rows: list[int]) -> None:
+        self._job = job
+        self._buffer = buffer
+        self._rows = rows
+
+    def __call__(self, call: AttentionCall, gradient: torch.Tensor | None = None) -> None:
+        place = self._job.places.get((call.module, call.number))
+        if place is None:
+            return
+        if call.shape[0] != len(self._rows):
+            raise RecordingError(
+                f"module {call.module!r} attends over a batch of {call.shape[0]} for {len(self._rows)} samples,"
+                f" which family {self._job.loaded.family.name!r} can't assign to them"
+            )
+        for name, values in call_quantities(call, gradient, self._job.spec).items():
+            self._buffer.put(*self._named(place, name), self._rows, values)
+
+    @staticmethod
+    def _named(place: tuple[str, int], name: str) -> tuple[str, str, int]:
+        return place[0], name, place[1]
+
+
+def call_quantities(
+    call: AttentionCall, gradient: torch.Tensor | None, spec: ExtractSpec
+) -> dict[str, np.ndarray]:
+    """The stored quantities of one call: (batch, ...) arrays by name, reduced over heads tile by tile.
+
+    `gradient` is the derivative of the score by the call's output, (batch, query_token, head, value_channel); None
+    counts as zero.
+    """
+    wanted = spec.quantities
+    full: dict[str, list[np.ndarray]] = {}
+    sums: dict[str, torch.Tensor] = {}
+    for heads in head_tiles(call):
+        attention = call.attention(heads=heads)
+        check_rows(attention, call)
+        slope = None
+        if spec.needs_gradient:
+            slope = torch.zeros_like(attention) if gradient is None else call.attention_gradient(gradient, heads=heads)
+        if "attention" in wanted:
+            stored = attention.half() if spec.encoding == "float16" else attention
+            full.setdefault("attention", []).append(stored.cpu().numpy())
+        if "attention_grad" in wanted and slope is not None:
+            full.setdefault("attention_grad", []).append(slope.cpu().numpy())
+        if "attention_mean" in wanted:
+            _accumulate(sums, "attention_mean", attention.sum(dim=1))
+        if "attention_relevance" in wanted and slope is not None:
+            _accumulate(sums, "attention_relevance", (attention * slope).clamp(min=0).sum(dim=1))
+    found = {name: np.concatenate(parts, axis=1) for name, parts in full.items()}
+    found |= {name: (total / call.shape[1]).cpu().numpy() for name, total in sums.items()}
+    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
+        if name in wanted and tensor is not None:
+            found[name] = tensor.detach().float().cpu().numpy()
+    if "log_sum_exp" in wanted and call.query is not None:
+        found["log_sum_exp"] = call.log_sum_exp().cpu().numpy()
+    batch, heads, queries, _ = call.shape
+    found["query_valid"] = call.row_valid().expand(batch, heads, queries).any(dim=1).cpu().numpy()
+    return found
+
+
+def _accumulate(sums: dict[str, torch.Tensor], name: str, part: torch.Tensor) -> None:
+    sums[name] = sums[name] + part if name in sums else part
+
+
+def _layouts(job: _Job, inputs: Inputs) -> dict[str, TokenLayout]:
+    """The token layouts of every stream for one batch."""
+    samples = len(next(iter(inputs.values())))
+    result = {}
+    for stream, most in job.run.plan.streams.items():
+        base = stream.split(".")[0]
+        layout = job.loaded.family.streams.get(base) or _DEFAULT_LAYOUTS.get(base)
+        tokens = min(most, _observed_tokens(base, inputs, most))
+        result[stream] = unknown_layout(samples, tokens) if layout is None else layout(inputs, job.loaded, tokens)
+    return result
+
+
+def _observed_tokens(stream: str, inputs: Inputs, most: int) -> int:
+    return inputs["input_ids"].shape[1] if stream == "text" and "input_ids" in inputs else most
+
+
+def _thumbnails(job: _Job, block: range, rows: Sequence[int], inputs: Inputs) -> np.ndarray:
+    """The images as the model saw them, (sample, row, column, colour) uint8."""
+    from PIL import Image
+
+    size = (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS)
+    pixels = inputs.get("pixel_values")
+    processor = job.loaded.image_processor
+    if pixels is not None and pixels.ndim == 4 and pixels.shape[1] == 3 and len(pixels) == len(rows):
+        mean = torch.tensor(getattr(processor, "image_mean", None) or [0.0] * 3).view(3, 1, 1)
+        std = torch.tensor(getattr(processor, "image_std", None) or [1.0] * 3).view(3, 1, 1)
+        seen = ((pixels.float().cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        pictures = [Image.fromarray(p) for p in seen]
+    else:
+        loaded = [job.prepared.samples[block.start + r].load_image() for r in rows]
+        pictures = [p if p is not None else Image.new("RGB", size) for p in loaded]
+    return np.stack([np.asarray(p.resize(size, Image.Resampling.BILINEAR)) for p in pictures])
+
+
+@contextmanager
+def _evaluation(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode with frozen parameters, and everything as it was afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _graph_from_inputs(model: torch.nn.Module, inputs: Inputs) -> Iterator[Inputs]:
+    """Inputs whose floating tensors, and embeddings looked up from them, carry a graph; parameters stay frozen."""
+
+    def with_graph(tensor: torch.Tensor) -> torch.Tensor:
+        # A clone, because a model may add to its embeddings in place, which a leaf forbids.
+        return tensor.detach().requires_grad_().clone()
+
+    def embed(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return output if output.requires_grad else with_graph(output)
+
+    handles = [m.register_forward_hook(embed) for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    try:
+        yield {k: with_graph(v) if v.is_floating_point() else v for k, v in inputs.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _cuda_devices(loaded: LoadedModel) -> list[torch.device]:
+    return [loaded.device] if loaded.device.type == "cuda" else []
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
+
+
+class _Reporter:
+    """Counts what is done and tells the caller."""
+
+    def __init__(self, tell: Callable[[Progress], None] | None, started: float, total: int) -> None:
+        self._tell = tell
+        self._started = started
+        self.total = total
+        self.done = 0
+        self._left_out = 0
+        self._bytes = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def already(self, done: int, left_out: int) -> None:
+        self.done, self._left_out = done, left_out
+
+    def add(self, done: int, left_out: int, nbytes: int) -> None:
+        self.done += done
+        self._left_out += left_out
+        self._bytes += nbytes
+        self("extract")
+
+    def __call__(self, stage: str, message: str = "") -> None:
+        if self._tell is not None:
+            self._tell(Progress(stage, self.done, self.total, self._left_out, self._bytes, self.seconds, message))

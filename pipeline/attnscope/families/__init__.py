@@ -1,0 +1,109 @@
+"""Model families: which role each attention call and each token plays.
+
+A family is a table: patterns of module names and the sites that they belong to, the token layout of each stream, and,
+where the usual ones don't fit, its own encoding and scores. Everything else is shared. A model without a family is
+recorded whole; its roles are guessed from module names and shapes, and the run says so.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from attnscope.families.encoding import encode_samples
+from attnscope.families.guesses import guess_placement
+from attnscope.families.scores import SCORES, default_target
+from attnscope.plugins import load_plugins
+from attnscope.samples import Sample
+from attnscope.tokens import TokenLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnscope.loading import LoadedModel
+    from attnscope.recording import AttentionCall
+
+Inputs: TypeAlias = "dict[str, Tensor]"
+LayoutFunction: TypeAlias = "Callable[[Inputs, LoadedModel, int], TokenLayout]"
+ScoreFunction: TypeAlias = "Callable[[object, Inputs, LoadedModel], Tensor]"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a call belongs: queries of one stream attend to keys of another, at a layer of the model's numbering."""
+
+    site: str
+    queries: str
+    keys: str
+    layer: int
+    guessed: bool = False
+
+
+@dataclass(frozen=True)
+class SiteRule:
+    """Calls of modules whose name matches `pattern` belong to `site`.
+
+    The pattern's group `layer` is the layer number, to which `first_layer` is added. The site is named after its
+    streams: 'vision.self', or 'text.vision' for queries from the text and keys from the image. `call` picks one where
+    a module is called several times in a forward.
+    """
+
+    pattern: str
+    site: str
+    first_layer: int = 0
+    call: int | None = None
+
+    def place(self, module: str, number: int) -> Placement | None:
+        """The placement of a call, or None when the rule isn't about it."""
+        match = re.search(self.pattern, module)
+        if match is None or self.call not in (None, number):
+            return None
+        queries, keys = self.site.split(".")[:2]
+        layer = int(match.groupdict().get("layer") or 0) + self.first_layer
+        return Placement(self.site, queries, queries if keys == "self" else keys, layer)
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What attnscope must know of a kind of model beyond what it records by itself.
+
+    `model_types` are the `config.model_type` names that it answers for; `streams` gives the layout of each stream's
+    tokens from the model's inputs; `scores` are further targets by name, beside the common ones.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    sites: tuple[SiteRule, ...] = ()
+    streams: Mapping[str, LayoutFunction] = field(default_factory=dict)
+    scores: Mapping[str, ScoreFunction] = field(default_factory=dict)
+    encode: "Callable[[Sequence[Sample], LoadedModel], Inputs]" = encode_samples
+
+    def place(self, call: "AttentionCall", loaded: "LoadedModel") -> Placement:
+        """The placement of a call by the family's rules, or guessed from its module's name and its shape."""
+        for rule in self.sites:
+            placement = rule.place(call.module, call.number)
+            if placement is not None:
+                return placement
+        site, queries, keys, layer = guess_placement(call, loaded)
+        return Placement(site, queries, keys, layer, guessed=True)
+
+    def score(self, outputs: object, target: str | int | None, inputs: Inputs, loaded: "LoadedModel") -> "Tensor":
+        """The scalar of each sample that gradients are taken of: (sample,)."""
+        known = {**SCORES, **self.scores}
+        chosen = default_target(outputs) if target is None else target
+        if isinstance(chosen, int) or chosen.lstrip("-").isdigit():
+            return known["class"](outputs, inputs, loaded)[:, int(chosen)]
+        if chosen not in known:
+            raise ValueError(f"unknown target {chosen!r}; known are a class number, {', '.join(sorted(known))}")
+        return known[chosen](outputs, inputs, loaded)
+
+
+GENERIC = ModelFamily(name="generic", model_types=())
+
+
+def find_family(model_type: str) -> ModelFamily:
+    """The registered family that answers for a model type; the generic one when none does."""
+    for family in load_plugins().families.values():
+        if model_type in family.model_types:
+            return family
+    return GENERIC

@@ -1,0 +1,76 @@
+"""Token layouts that many families share."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from attnscope.tokens import KIND_CODES, TokenLayout, grid_layout, text_layout, unknown_layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnscope.loading import LoadedModel
+
+
+def patch_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
+    """A patch grid behind CLS and register tokens, from the size of `pixel_values` and the config's patch size."""
+    pixels = inputs["pixel_values"]
+    config = getattr(loaded.config, "vision_config", loaded.config)
+    rows, columns = patch_grid(pixels, config)
+    extra = tokens - rows * columns
+    if not 0 <= extra <= 32 or rows * columns == 0:
+        return unknown_layout(len(pixels), tokens)
+    prefix = prefix_kinds(extra, getattr(config, "model_type", ""))
+    return grid_layout(len(pixels), rows, columns, prefix)
+
+
+def patch_grid(pixels: "Tensor", config: object) -> tuple[int, int]:
+    """Rows and columns of patches; (0, 0) where the config states no patch size."""
+    size = getattr(config, "patch_size", None)
+    if size is None or pixels.ndim != 4:
+        return 0, 0
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    return pixels.shape[-2] // height, pixels.shape[-1] // width
+
+
+def prefix_kinds(count: int, model_type: str) -> list[str]:
+    """Kinds of the tokens before the patches: CLS first, then DeiT's distillation token or registers."""
+    if count == 0:
+        return []
+    rest = "special" if model_type == "deit" else "register"
+    return ["cls"] + [rest] * (count - 1)
+
+
+def text_tokens(ids_name: str = "input_ids", mask_name: str = "attention_mask") -> "Callable[..., TokenLayout]":
+    """The layout of a text stream from its ids and padding mask."""
+
+    def layout(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
+        ids = inputs.get(ids_name)
+        if ids is None or ids.shape[1] != tokens:
+            return unknown_layout(len(next(iter(inputs.values()))), tokens)
+        kind = text_kinds(ids, inputs.get(mask_name), loaded)
+        return text_layout([token_strings(row, loaded) for row in ids.tolist()], kind)
+
+    return layout
+
+
+def text_kinds(ids: "Tensor", mask: "Tensor | None", loaded: "LoadedModel") -> np.ndarray:
+    """Codes of the kinds of text tokens: padding by the mask, CLS and special ones by the tokenizer."""
+    numbers = ids.cpu().numpy()
+    kind = np.full(numbers.shape, KIND_CODES["text"], np.int8)
+    tokenizer = loaded.tokenizer
+    if tokenizer is not None:
+        kind[np.isin(numbers, tokenizer.all_special_ids)] = KIND_CODES["special"]
+        if tokenizer.cls_token_id is not None:
+            kind[numbers == tokenizer.cls_token_id] = KIND_CODES["cls"]
+    if mask is not None:
+        kind[mask.cpu().numpy() == 0] = KIND_CODES["padding"]
+    return kind
+
+
+def token_strings(ids: Sequence[int], loaded: "LoadedModel") -> list[str]:
+    """The tokens' strings; their numbers where there is no tokenizer."""
+    if loaded.tokenizer is None:
+        return [str(i) for i in ids]
+    return [str(t) for t in loaded.tokenizer.convert_ids_to_tokens(ids)]

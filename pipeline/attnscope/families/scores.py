@@ -1,0 +1,88 @@
+"""Targets: the scalar per sample that a model's outputs are judged by, and gradients are taken of."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnscope.loading import LoadedModel
+
+
+def class_logits(outputs: object, inputs: object, loaded: "LoadedModel") -> "Tensor":
+    """The logits of a classifier, before softmax: (sample, class)."""
+    logits = getattr(outputs, "logits", None)
+    if logits is None or logits.ndim != 2:
+        raise ValueError(f"{loaded.name!r} gives no class logits: a class target needs a model with a classifier")
+    return logits
+
+
+def predicted(outputs: object, inputs: object, loaded: "LoadedModel") -> "Tensor":
+    """The largest class logit of each sample."""
+    return class_logits(outputs, inputs, loaded).amax(dim=-1)
+
+
+def similarity(outputs: object, inputs: object, loaded: "LoadedModel") -> "Tensor":
+    """The similarity of each image with its own text, in the model's own scale."""
+    logits = getattr(outputs, "logits_per_image", None)
+    if logits is None:
+        raise ValueError(f"{loaded.name!r} gives no image-text similarity")
+    return logits.diagonal()
+
+
+def cls_norm(outputs: object, inputs: object, loaded: "LoadedModel") -> "Tensor":
+    """The Euclidean norm of the first token's last hidden state."""
+    return _last_hidden(outputs, loaded)[:, 0].float().norm(dim=-1)
+
+
+def mean_norm(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedModel") -> "Tensor":
+    """The Euclidean norm of the mean of the last hidden state over tokens, padding left out."""
+    hidden = _last_hidden(outputs, loaded).float()
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.shape != hidden.shape[:2]:
+        return hidden.mean(dim=1).norm(dim=-1)
+    weight = mask.to(hidden.dtype)[..., None]
+    return ((hidden * weight).sum(dim=1) / weight.sum(dim=1)).norm(dim=-1)
+
+
+def last_token(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedModel") -> "Tensor":
+    """The largest logit at the last real token of a language model: what it would say next."""
+    import torch
+
+    logits = getattr(outputs, "logits", None)
+    if logits is None or logits.ndim != 3:
+        raise ValueError(f"{loaded.name!r} gives no token logits")
+    mask = inputs.get("attention_mask")
+    rows = torch.arange(len(logits), device=logits.device)
+    if mask is None or mask.shape != logits.shape[:2]:
+        return logits[rows, -1].amax(dim=-1)
+    # The last attended position, whichever side the padding is on.
+    places = torch.arange(mask.shape[1], device=mask.device) * mask
+    return logits[rows, places.argmax(dim=1).to(logits.device)].amax(dim=-1)
+
+
+def default_target(outputs: object) -> str:
+    """The name of the target that suits these outputs: similarity, predicted, last_token or cls_norm."""
+    if getattr(outputs, "logits_per_image", None) is not None:
+        return "similarity"
+    logits = getattr(outputs, "logits", None)
+    if logits is not None:
+        return "predicted" if logits.ndim == 2 else "last_token"
+    return "cls_norm"
+
+
+def _last_hidden(outputs: object, loaded: "LoadedModel") -> "Tensor":
+    hidden = getattr(outputs, "last_hidden_state", None)
+    if hidden is None or hidden.ndim != 3:
+        raise ValueError(f"{loaded.name!r} gives no last hidden state of tokens to take the norm of")
+    return hidden
+
+
+SCORES: "Mapping[str, Callable[[object, dict[str, Tensor], LoadedModel], Tensor]]" = {
+    "class": class_logits,
+    "predicted": predicted,
+    "similarity": similarity,
+    "cls_norm": cls_norm,
+    "mean_norm": mean_norm,
+    "last_token": last_token,
+}

@@ -1,0 +1,11 @@
+"""ViT and its kin: one image stream, CLS (and registers) before a patch grid."""
+
+from attnscope.families import ModelFamily, SiteRule
+from attnscope.families.layouts import patch_tokens
+
+FAMILY = ModelFamily(
+    name="vit",
+    model_types=("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "ijepa", "vit_msn", "vivit", "yolos"),
+    sites=(SiteRule(r"layers?\.(?P<layer>\d+)\.(self_)?attention", "vision.self"),),
+    streams={"vision": patch_tokens},
+)

@@ -1,0 +1,274 @@
+"""Before the first block: what the samples are like, what the model's attention is like, and how large a run gets."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from attnscope.families import Inputs, Placement
+from attnscope.families.encoding import text_length
+from attnscope.loading import LoadedModel, ModelError
+from attnscope.quantities import ExtractSpec
+from attnscope.recording import AttentionCall, recording
+from attnscope.run import RunPlan, SitePlan, unit_for
+from attnscope.samples import Sample, SampleError
+from attnscope.stores import StoreError, is_url
+from attnscope.writing import encoded_attention
+
+_ROW_SUM_TOLERANCE = 2e-3
+# Largest difference between attention times value and what the kernel returned, in units of the largest value.
+_OUTPUT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+class RecordingError(RuntimeError):
+    """What was recorded does not reproduce what the model did; the message names the module."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The samples of a run, the text length of each in tokens, and what is wrong with those that are left out."""
+
+    samples: Sequence[Sample]
+    lengths: np.ndarray
+    problems: dict[int, str]
+
+
+@dataclass(frozen=True)
+class ProbedCall:
+    """What one attention call looked like: its role and its sizes."""
+
+    module: str
+    number: int
+    kernel: str
+    tier: str
+    placement: Placement
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    channels: int
+    value_channels: int
+    compressed_bytes: int
+
+    @property
+    def shape_class(self) -> tuple[object, ...]:
+        """Calls of one site share these."""
+        sizes = (self.heads, self.kv_heads, self.queries, self.keys, self.channels, self.value_channels)
+        return (self.placement.site, self.placement.guessed, *sizes)
+
+
+def prepare(samples: Sequence[Sample], loaded: LoadedModel) -> Prepared:
+    """Measure every text; samples with a problem of their own, or whose text the model can't take, are left out."""
+    lengths = np.zeros(len(samples), np.int64)
+    problems = {i: s.problem for i, s in enumerate(samples) if s.problem}
+    if loaded.tokenizer is not None:
+        for i, sample in enumerate(samples):
+            if i in problems:
+                continue
+            try:
+                lengths[i] = text_length(sample, loaded)
+            except SampleError as error:
+                problems[i] = str(error)
+    return Prepared(samples, lengths, problems)
+
+
+def run_model(loaded: LoadedModel, inputs: Inputs) -> object:
+    """One forward."""
+    return loaded.model(**{k: _placed(v, loaded) for k, v in inputs.items()})
+
+
+def _placed(tensor: torch.Tensor, loaded: LoadedModel) -> torch.Tensor:
+    return tensor.to(loaded.device, loaded.dtype if tensor.is_floating_point() else None)
+
+
+def probe(loaded: LoadedModel, inputs: Inputs) -> list[ProbedCall]:
+    """Run one sample under the full audit, and prove on it that what was recorded is what the model did.
+
+    Raises
+    ------
+    UnrecordedAttention
+        When an attention kernel ran that no tap saw.
+    RecordingError
+        When attention times value isn't what a kernel returned.
+    ModelError
+        When the model has no attention at all.
+    """
+    found: list[ProbedCall] = []
+
+    def look(call: AttentionCall) -> None:
+        check_call(call, prove_output=True)
+        found.append(_probed(call, loaded))
+
+    with torch.no_grad(), recording(loaded.model, on_call=look):
+        run_model(loaded, inputs)
+    if not found:
+        raise ModelError(f"{loaded.name!r} ran no attention: there is nothing to extract")
+    return found
+
+
+def _probed(call: AttentionCall, loaded: LoadedModel) -> ProbedCall:
+    _, heads, queries, keys = call.shape
+    encoded = encoded_attention(call, "float16")
+    return ProbedCall(
+        module=call.module,
+        number=call.number,
+        kernel=call.kernel,
+        tier=call.tier,
+        placement=loaded.family.place(call, loaded),
+        heads=heads,
+        kv_heads=heads if call.key is None else call.key.shape[1],
+        queries=queries,
+        keys=keys,
+        channels=0 if call.query is None else call.query.shape[-1],
+        value_channels=0 if call.value is None else call.value.shape[-1],
+        compressed_bytes=_compressed(encoded),
+    )
+
+
+def _compressed(values: np.ndarray) -> int:
+    from numcodecs import Zstd
+
+    return len(Zstd(level=1).encode(np.ascontiguousarray(values)))
+
+
+def check_call(call: AttentionCall, prove_output: bool = False) -> None:
+    """Raise RecordingError unless the call's attention obeys the laws of a softmax (and gives the kernel's output)."""
+    if prove_output and call.value is not None and call.output is not None and not call.output.isnan().any():
+        largest = float(call.value.abs().max()) if call.value.numel() else 0.0
+        allowed = _OUTPUT_TOLERANCE.get(call.value.dtype, 3e-2) * max(largest, 1e-6)
+        error = call.output_error()
+        if error > allowed:
+            raise RecordingError(
+                f"attention of module {call.module!r} was recorded wrongly: attention times value differs from the"
+                f" kernel's output by {error:.2g}, allowed are {allowed:.2g}"
+            )
+
+
+def check_rows(attention: torch.Tensor, call: AttentionCall) -> None:
+    """Raise RecordingError unless rows are probabilities: not negative, and summing to 1 (less with sinks, or 0)."""
+    sums = attention.sum(dim=-1)
+    low, high = float(sums.min()), float(sums.max())
+    valid = sums[sums > 0]
+    short = call.sinks is None and len(valid) and float(valid.min()) < 1 - _ROW_SUM_TOLERANCE
+    if not np.isfinite([low, high]).all() or high > 1 + _ROW_SUM_TOLERANCE or short or float(attention.min()) < 0:
+        raise RecordingError(
+            f"attention of module {call.module!r} is not a softmax: its rows sum to {low:.4g} to {high:.4g}"
+        )
+
+
+def plan_run(
+    calls: Sequence[ProbedCall],
+    spec: ExtractSpec,
+    samples: int,
+    batch_size: int | None,
+    thumbnails: bool,
+) -> RunPlan:
+    """Sites, streams and block size from the probed calls, for the sites and layers that the spec wants."""
+    wanted = [c for c in _numbered(calls) if _is_wanted(c.placement, spec)]
+    if not wanted:
+        had = ", ".join(sorted({c.placement.site for c in calls}))
+        raise ModelError(f"the model has none of the wanted sites and layers; its sites are {had}")
+    streams: dict[str, int] = {}
+    sites: dict[str, SitePlan] = {}
+    for group in _grouped(wanted):
+        first = group[0]
+        queries = _stream(streams, first.placement.queries, first.queries)
+        keys = _stream(streams, first.placement.keys, first.keys)
+        sites[_free_name(sites, first.placement.site)] = SitePlan(
+            queries=queries,
+            keys=keys,
+            layers=tuple(c.placement.layer for c in group),
+            modules=tuple(c.module for c in group),
+            heads=first.heads,
+            kv_heads=first.kv_heads,
+            query_tokens=first.queries,
+            key_tokens=first.keys,
+            channels=first.channels,
+            value_channels=first.value_channels,
+            call_numbers=tuple(c.number for c in group),
+            kernels=tuple(sorted({c.kernel for c in group})),
+            guessed=any(c.placement.guessed for c in group),
+        )
+    plan = RunPlan(streams=streams, sites=sites, unit=1, thumbnails=thumbnails)
+    unit = unit_for(plan.sample_bytes(spec), samples, batch_size or 1)
+    return RunPlan(streams=streams, sites=sites, unit=unit, thumbnails=thumbnails)
+
+
+def forecast_bytes(calls: Sequence[ProbedCall], plan: RunPlan, spec: ExtractSpec, samples: int) -> int:
+    """Bytes that the run will take on disk, from how well the probed sample's attention compressed."""
+    raw = plan.sample_bytes(spec)
+    if "attention" in spec.quantities and spec.encoding == "float16":
+        recorded = {(m, n) for s in plan.sites.values() for m, n in zip(s.modules, s.call_numbers, strict=True)}
+        raw -= sum(2 * c.heads * c.queries * c.keys for c in calls if (c.module, c.number) in recorded)
+        raw += sum(c.compressed_bytes for c in calls if (c.module, c.number) in recorded)
+    return max(raw, 0) * samples
+
+
+def check_space(forecast: int, out: object) -> None:
+    """Raise StoreError when the forecast can't fit on the disk of a local run."""
+    if not isinstance(out, str | Path) or is_url(out):
+        return
+    existing = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if forecast > free:
+        raise StoreError(
+            f"the run would take about {forecast / 1e9:.1f} GB, and {str(existing)!r} has {free / 1e9:.1f} GB free;"
+            " record fewer layers, sites or samples"
+        )
+
+
+def _is_wanted(placement: Placement, spec: ExtractSpec) -> bool:
+    return (spec.sites is None or placement.site in spec.sites) and (
+        spec.layers is None or placement.layer in spec.layers
+    )
+
+
+def _numbered(calls: Sequence[ProbedCall]) -> list[ProbedCall]:
+    """The calls, with layers in call order where guessed layer numbers of one site collide."""
+    from dataclasses import replace
+
+    by_site: dict[str, list[ProbedCall]] = {}
+    for call in calls:
+        by_site.setdefault(call.placement.site, []).append(call)
+    result = []
+    for call in calls:
+        mates = by_site[call.placement.site]
+        layers = [c.placement.layer for c in mates]
+        if len(set(layers)) < len(layers) and any(c.placement.guessed for c in mates):
+            call = replace(call, placement=replace(call.placement, layer=mates.index(call)))
+        result.append(call)
+    return result
+
+
+def _grouped(calls: Sequence[ProbedCall]) -> list[list[ProbedCall]]:
+    """Calls that share a site: equal role and sizes, each layer once; in call order."""
+    groups: list[list[ProbedCall]] = []
+    for call in calls:
+        for group in groups:
+            same = group[0].shape_class == call.shape_class
+            if same and call.placement.layer not in [c.placement.layer for c in group]:
+                group.append(call)
+                break
+        else:
+            groups.append([call])
+    return groups
+
+
+def _stream(streams: dict[str, int], name: str, tokens: int) -> str:
+    """The stream of this name and length; a further one where the name has another length already."""
+    number, candidate = 1, name
+    while streams.setdefault(candidate, tokens) != tokens:
+        number += 1
+        candidate = f"{name}.{number}"
+    return candidate
+
+
+def _free_name(taken: "dict[str, SitePlan]", name: str) -> str:
+    number, candidate = 1, name
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}.{number}"
+    return candidate
