@@ -22,9 +22,9 @@ HEAVY = ("PIL", "matplotlib", "prefect", "safetensors", "torch", "transformers")
 
 # The modules of attnscope, each below those that may import it; a package counts as one. Importing for type checkers
 # alone is free.
-CORE = ("quantities", "tokens", "samples", "stores", "attention_array", "run")
-ANALYSIS = ("selection", "statistics", "report", "plugins", "analysis", "rendering", "testing")
-MODEL_LINE = ("recording", "embedded", "loading", "families", "writing", "planning", "extraction")
+CORE = ("quantities", "tokens", "samples", "stores", "attention_array", "selection", "run")
+ANALYSIS = ("statistics", "report", "plugins", "analysis", "rendering", "testing")
+MODEL_LINE = ("recording", "embedded", "families", "loading", "writing", "planning", "extraction")
 ORDER = (*CORE, *ANALYSIS, *MODEL_LINE, "cli")
 
 # Heavy modules, and who may import them at run time.
