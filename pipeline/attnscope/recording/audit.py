@@ -79,12 +79,12 @@ class Audit(TorchDispatchMode):
     def _see(self, kind: str, func: Any, args: tuple[Any, ...], result: Any) -> None:
         first = args[0] if args else None
         if kind == "fused":
-            self._count(str(func))
+            self._recording.count(str(func))
         elif kind == "softmax":
             self._softmax(first, result)
         elif kind == "product":
             self._product(func, args, result)
-        elif isinstance(result, Tensor) or isinstance(result, tuple | list):
+        elif isinstance(result, Tensor | tuple | list):
             self._follow(kind, args, result if isinstance(result, Tensor) else result[0])
 
     def _softmax(self, scores: Any, result: Any) -> None:
@@ -103,8 +103,9 @@ class Audit(TorchDispatchMode):
         if left is None:
             return
         flat = right.dim() == 2
-        if left in self._probabilities and (not flat or left in self._scores):
-            self._count("softmax and product")
+        mixed = left if left in self._probabilities else right
+        if mixed in self._probabilities and (not flat or mixed in self._scores):
+            self._recording.count("softmax and product")
         elif not self._is_weight(left) and not self._is_weight(right):
             self._scores.add(result)
 
@@ -119,17 +120,6 @@ class Audit(TorchDispatchMode):
             self._probabilities.add(result)
         if any(source in self._scores for source in sources):
             self._scores.add(result)
-
-    def _count(self, kernel: str) -> None:
-        name = self._recording.where()
-        if name is None:
-            return
-        audit = self._recording.audit
-        audit.ran = (audit.ran or 0) + 1
-        if self._recording.is_inside:
-            audit.recorded += 1
-        else:
-            audit.unrecorded[name, kernel] += 1
 
 
 def _flat(values: Any) -> list[Any]:

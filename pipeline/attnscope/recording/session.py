@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
-from attnscope.recording import interface
+from attnscope.recording import functions, interface, multihead
 from attnscope.recording.audit import Audit
 from attnscope.recording.calls import AttentionCall
 from attnscope.recording.state import ACTIVE, AuditCount, Recording, UnrecordedAttention, observing
@@ -59,6 +59,7 @@ def recording(
             stack.enter_context(Audit(rec))
         else:
             rec.audit = AuditCount(ran=None)
+        tap = stack.enter_context(functions.FunctionTap(rec))
         token = ACTIVE.set((*ACTIVE.get(), rec))
         OPEN.append(rec)
         try:
@@ -66,6 +67,7 @@ def recording(
         finally:
             OPEN.remove(rec)
             ACTIVE.reset(token)
+            tap.tags.clear()
     _raise_unrecorded(rec)
 
 
@@ -120,6 +122,9 @@ def _install() -> None:
         (AttentionInterface, "get_interface", _tapped_lookup),
         (AttentionInterface, "__getitem__", _tapped_item),
         (nn.Module, "__call__", _traced_call),
+        (nn.MultiheadAttention, "forward", multihead.tapped_attention),
+        (nn.TransformerEncoderLayer, "forward", multihead.tapped_layer),
+        (nn.TransformerEncoder, "forward", multihead.tapped_encoder),
     ):
         _originals.append((owner, name, owner.__dict__.get(name)))
         setattr(owner, name, wrap(getattr(owner, name)))
@@ -162,9 +167,15 @@ def _traced_call(original: Callable[..., Any]) -> Callable[..., Any]:
         for each in recordings:
             each.enter(self)
         try:
-            return original(self, *args, **kwargs)
-        finally:
+            result = original(self, *args, **kwargs)
+        except BaseException:
             for each in recordings:
                 each.leave()
+            raise
+        for each in recordings:
+            frame = each.leave()
+            if frame.unconsumed:
+                functions.flush(each, frame)
+        return result
 
     return __call__

@@ -57,7 +57,9 @@ class Recording:
         self.lost: set[str] = set()
         self._names = {id(module): _plain_name(name) for name, module in model.named_modules()}
         self._on_call = on_call
-        self._numbers: Counter[str] = Counter()
+        self.numbers: Counter[str] = Counter()
+        self.padded_shape: torch.Size | None = None
+        self.undecided: list[tuple[str, str]] | None = None
         self._inside = 0
 
     def __iter__(self) -> Iterator[AttentionCall]:
@@ -103,11 +105,32 @@ class Recording:
     def is_inside(self) -> bool:
         return self._inside > 0
 
+    def count(self, kernel: str) -> None:
+        """An attention kernel ran in the module under way."""
+        name = self.where()
+        if name is None:
+            return
+        self.audit.ran = (self.audit.ran or 0) + 1
+        if self.is_inside:
+            self.audit.recorded += 1
+        elif self.undecided is not None:
+            self.undecided.append((name, kernel))
+        else:
+            self.audit.unrecorded[name, kernel] += 1
+
+    def decide(self, *, recorded: bool) -> None:
+        """Whether the kernels since `undecided` was opened belong to a recorded call."""
+        kernels, self.undecided = self.undecided or [], None
+        if recorded:
+            self.audit.recorded += len(kernels)
+        else:
+            self.audit.unrecorded.update(kernels)
+
     def add(self, name: str, make: Callable[[str, int, int], AttentionCall]) -> None:
         """Record the call that `make` builds from its module name, its number and its index."""
-        index = sum(self._numbers.values())
-        call = make(name, self._numbers[name], index)
-        self._numbers[name] += 1
+        index = sum(self.numbers.values())
+        call = make(name, self.numbers[name], index)
+        self.numbers[name] += 1
         if self._on_call is None:
             self.calls.append(_keepable(call))
         else:

@@ -1,0 +1,255 @@
+"""Where attention probabilities came from: what own attention code did between query, key and softmax.
+
+A `Scores` says that a tensor equals scale * query key^T, perhaps squashed, plus terms, with some entries masked. Each
+rule below follows one operation and gives the new `Scores`, or None where the operation leads out of this form. Leading
+axes (all but the last two) are only regrouped when somebody asks for a layout, so that nothing large is copied on the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from attnscope.recording.calls import MASKED_BELOW
+
+Axes = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """A tensor broadcastable to (*lead, query_token, key_token)."""
+
+    tensor: Tensor
+    lead: Axes
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """scale * query key^T (softcap * tanh(. / softcap) where set) + terms, masked where a `keeps` is False.
+
+    `query` (*product_lead, query_token, channel) and `key` (*product_lead or broadcastable, key_token, channel) as they
+    entered the product; `lead` is the leading shape of the tensor described.
+    """
+
+    query: Tensor
+    key: Tensor
+    product_lead: Axes
+    lead: Axes
+    scale: float = 1.0
+    softcap: float | None = None
+    squashed: bool = False
+    terms: tuple[Term, ...] = ()
+    keeps: tuple[Term, ...] = ()
+    weighted: bool = False
+
+    @property
+    def size(self) -> Axes:
+        return (*self.lead, self.query.shape[-2], self.key.shape[-2])
+
+
+def product(query: Tensor, key: Tensor, shape: torch.Size, scale: float = 1.0) -> Scores:
+    """Scores of query (..., query_token, channel) with key (..., key_token, channel)."""
+    weighted = isinstance(query, nn.Parameter) or isinstance(key, nn.Parameter)
+    lead = tuple(shape[:-2])
+    return Scores(query, key, lead, lead, scale=scale, weighted=weighted)
+
+
+# -- rules -------------------------------------------------------------------------------------------------------------
+
+
+def times(scores: Scores, factor: float | Tensor) -> Scores | None:
+    """Multiplication by a number, by a factor per head or row, or by a 0/1 mask over keys."""
+    if isinstance(factor, Tensor):
+        if factor.numel() == 1 and factor.device.type == "cpu":
+            return times(scores, float(factor))
+        return _times_tensor(scores, factor)
+    terms = tuple(replace(term, factor=term.factor * factor) for term in scores.terms)
+    if scores.squashed:
+        return replace(scores, scale=scores.scale * factor, softcap=factor, squashed=False)
+    softcap = None if scores.softcap is None else scores.softcap * factor
+    return replace(scores, scale=scores.scale * factor, softcap=softcap, terms=terms)
+
+
+def _times_tensor(scores: Scores, factor: Tensor) -> Scores | None:
+    if scores.softcap is not None or scores.squashed:
+        return None
+    if factor.dim() and factor.shape[-1] != 1:
+        # Only a 0/1 mask makes sense here (openai-gpt: w * b - 1e4 * (1 - b)); anything else fails the later proof.
+        return replace(scores, keeps=(*scores.keeps, Term(factor != 0, scores.lead)))
+    scores = _at(scores, scores.lead)
+    terms = tuple(Term(term.tensor * factor * term.factor, scores.lead) for term in scores.terms)
+    return replace(scores, query=scores.query * factor, terms=terms)
+
+
+def plus(scores: Scores, term: float | Tensor, factor: float = 1.0) -> Scores | None:
+    """Addition of a bias or mask; what is constant over keys leaves the softmax as it is."""
+    if not isinstance(term, Tensor) or term.dim() == 0 or term.shape[-1] == 1 < scores.size[-1]:
+        return None if scores.squashed else scores
+    if scores.squashed or term.dim() > len(scores.size):
+        return None
+    return replace(scores, terms=(*scores.terms, Term(term, scores.lead, factor)))
+
+
+def squash(scores: Scores) -> Scores | None:
+    """Hyperbolic tangent, the first half of a softcap."""
+    untouched = not scores.terms and not scores.keeps and scores.softcap is None
+    return replace(scores, squashed=True) if untouched and not scores.squashed else None
+
+
+def keep(scores: Scores, where: Tensor) -> Scores | None:
+    """Masking: the entries where the boolean tensor is False become too small to matter."""
+    if scores.squashed or where.dtype != torch.bool or where.dim() > len(scores.size):
+        return None
+    return replace(scores, keeps=(*scores.keeps, Term(where, scores.lead)))
+
+
+def regroup(scores: Scores, shape: torch.Size) -> Scores | None:
+    """Reshape that leaves the last two axes alone."""
+    return replace(scores, lead=tuple(shape[:-2])) if tuple(shape[-2:]) == scores.size[-2:] else None
+
+
+def permute(scores: Scores, order: Axes) -> Scores | None:
+    """Permutation of leading axes, with or without swapping the roles of query and key."""
+    last = len(order) - 2
+    if set(order[last:]) != {last, last + 1}:
+        return None
+    scores = _at(scores, scores.lead)
+    swapped = order[last] == last + 1
+    inner = (*order[:last], last, last + 1)
+    lead = tuple(scores.lead[axis] for axis in order[:last])
+    query, key = (_expanded(tensor, scores.lead).permute(inner) for tensor in (scores.query, scores.key))
+
+    def moved(term: Term) -> Term:
+        padded = term.tensor.view((1,) * (len(order) - term.tensor.dim()) + tuple(term.tensor.shape))
+        return Term(padded.permute(order), lead, term.factor)
+
+    return replace(
+        scores,
+        query=key if swapped else query,
+        key=query if swapped else key,
+        product_lead=lead,
+        lead=lead,
+        terms=tuple(map(moved, scores.terms)),
+        keeps=tuple(map(moved, scores.keeps)),
+    )
+
+
+# -- layouts -----------------------------------------------------------------------------------------------------------
+
+
+def regroup_lead(tensor: Tensor, old: Axes, new: Axes) -> Tensor:
+    """A tensor broadcastable to (*old, a, b), with its leading axes regrouped to `new` and kept broadcast if it can be.
+
+    Examples
+    --------
+    >>> regroup_lead(torch.ones(6, 2, 3), (6,), (2, 3)).shape
+    torch.Size([2, 3, 2, 3])
+    >>> regroup_lead(torch.ones(1, 1, 1, 3), (2, 3), (6,)).shape
+    torch.Size([1, 1, 3])
+    """
+    tail = (1, 1, *tensor.shape)[-2:]
+    if tensor.dim() <= 2 or old == new:
+        return tensor
+    tensor = tensor.reshape((1,) * (len(old) + 2 - tensor.dim()) + tuple(tensor.shape))
+    have = tuple(tensor.shape[:-2])
+    expanded: list[int] = []
+    shape: list[int] = []
+    for first, second in _groups(old, new):
+        sizes = have[first]
+        if all(size == 1 for size in sizes):
+            expanded += sizes
+            shape += [1] * len(new[second])
+        elif old[first] == new[second]:
+            expanded += sizes
+            shape += sizes
+        else:
+            expanded += old[first]
+            shape += new[second]
+    return tensor.expand(*expanded, *tail).reshape(*shape, *tail)
+
+
+def _groups(old: Axes, new: Axes) -> list[tuple[slice, slice]]:
+    """Smallest runs of axes of `old` and `new` with equal products, in order."""
+    groups, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        start_i, start_j = i, j
+        i, j = min(i + 1, len(old)), min(j + 1, len(new))
+        while prod(old[start_i:i]) != prod(new[start_j:j]):
+            if (prod(old[start_i:i]) < prod(new[start_j:j]) and i < len(old)) or j == len(new):
+                i += 1
+            else:
+                j += 1
+        groups.append((slice(start_i, i), slice(start_j, j)))
+    return groups
+
+
+def _expanded(tensor: Tensor, lead: Axes) -> Tensor:
+    return tensor.expand(*lead, *tensor.shape[-2:])
+
+
+def _at(scores: Scores, lead: Axes) -> Scores:
+    """The same scores with query, key and every term laid out for leading axes `lead`."""
+    query, key = (regroup_lead(tensor, scores.product_lead, lead) for tensor in (scores.query, scores.key))
+
+    def moved(term: Term) -> Term:
+        return Term(regroup_lead(term.tensor, term.lead, lead), lead, term.factor)
+
+    return replace(
+        scores,
+        query=query,
+        key=key,
+        product_lead=lead,
+        lead=lead,
+        terms=tuple(map(moved, scores.terms)),
+        keeps=tuple(map(moved, scores.keeps)),
+    )
+
+
+def recipe(scores: Scores, lead: Axes) -> dict[str, object]:
+    """Fields of an AttentionCall at leading axes (batch, head)."""
+    scores = _at(scores, lead)
+    mask, bias = None, None
+    for term in scores.keeps:
+        mask = term.tensor if mask is None else mask & term.tensor
+    for term in scores.terms:
+        value = term.tensor if term.factor == 1.0 else _scaled(term)
+        if bias is not None and mask is None:
+            # Where nothing else masks, the last of several terms is the mask of the layer, the others its bias.
+            bias, mask = _sum(bias, None), value
+            continue
+        bias = _sum(bias, value)
+    if bias is not None and mask is None:
+        bias, mask = None, bias
+    query, key = (_four(tensor) for tensor in (scores.query, scores.key))
+    return {
+        "query": query.expand(lead[0], lead[1], *query.shape[2:]),
+        "key": key.expand(lead[0], *key.shape[1:]),
+        "mask": mask,
+        "bias": bias,
+        "scale": scores.scale,
+        "softcap": scores.softcap,
+    }
+
+
+def _scaled(term: Term) -> Tensor:
+    # finfo.min times a factor above one would overflow to -inf, which masks as well.
+    return term.tensor * term.factor
+
+
+def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return left if right is None else right
+    return left + right
+
+
+def _four(tensor: Tensor) -> Tensor:
+    return tensor.reshape((1,) * (4 - tensor.dim()) + tuple(tensor.shape))
+
+
+def is_masking(value: object) -> bool:
+    """Whether an entry that is set to this value gets no attention; a tensor is believed, the proof comes later."""
+    return isinstance(value, Tensor) or (isinstance(value, int | float) and value <= MASKED_BELOW)
