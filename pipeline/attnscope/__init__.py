@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from attnscope.plugins import hookimpl
     from attnscope.quantities import ExtractSpec
     from attnscope.recording import recording
-    from attnscope.report import render
+    from attnscope.rendering import render
     from attnscope.run import Run, open_run
     from attnscope.samples import Region, Sample, read_samples
+    from attnscope.statistics import bootstrap_interval
 
 try:
     __version__ = version("attnscope")
@@ -28,12 +29,13 @@ _HOMES = {
     "Run": "run",
     "Sample": "samples",
     "analyse": "analysis",
+    "bootstrap_interval": "statistics",
     "extract": "extraction",
     "hookimpl": "plugins",
     "open_run": "run",
     "read_samples": "samples",
     "recording": "recording",
-    "render": "report",
+    "render": "rendering",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - the table above is the one list
