@@ -45,7 +45,9 @@ def make_run(
     )
     plan = RunPlan(streams={"vision": tokens}, sites={"vision.self": site}, unit=2, thumbnails=True)
     spec = ExtractSpec(quantities=quantities, encoding="exact")
-    listed = [Sample(f"sample-{i}", text=f"thing {i}", regions=(Region("thing", (0, 0, 1, 1)),)) for i in range(samples)]
+    listed = [
+        Sample(f"sample-{i}", text=f"thing {i}", regions=(Region("thing", (0, 0, 1, 1)),)) for i in range(samples)
+    ]
     run = Run.create(location, plan, spec, listed, {"model": "made", "family": "made", "target": spec.target or ""})
     for block in run.blocks():
         scores = generator.normal(0, 2, (len(block), layers, heads, tokens, tokens))
@@ -56,6 +58,8 @@ def make_run(
             run.write_layer("vision.self", "query_valid", block, layer, np.ones((len(block), tokens), bool))
             if "attention" in quantities:
                 run.write_layer("vision.self", "attention", block, layer, attention[:, layer].astype(np.float32))
+            if "attention_mean" in quantities:
+                run.write_layer("vision.self", "attention_mean", block, layer, attention[:, layer].mean(1))
             if "attention_relevance" in quantities:
                 run.write_layer("vision.self", "attention_relevance", block, layer, relevance[:, layer])
         if "score" in quantities:
