@@ -27,6 +27,8 @@ os.environ.update(
 )
 
 
+# First: xdist reads the groups in the same hook.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none, and keep all that need a Prefect server in one process."""
     if any(item.get_closest_marker("gpu") for item in items):

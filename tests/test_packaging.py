@@ -24,7 +24,7 @@ HEAVY = ("PIL", "matplotlib", "prefect", "safetensors", "torch", "transformers")
 # alone is free.
 CORE = ("quantities", "tokens", "samples", "stores", "attention_array", "selection", "run")
 ANALYSIS = ("statistics", "report", "plugins", "analysis", "rendering", "testing")
-MODEL_LINE = ("recording", "embedded", "families", "loading", "writing", "planning", "extraction")
+MODEL_LINE = ("recording", "embedded", "families", "loading", "writing", "planning", "extraction", "study")
 ORDER = (*CORE, *ANALYSIS, *MODEL_LINE, "cli")
 
 # Heavy modules, and who may import them at run time.
