@@ -6,9 +6,11 @@ rows without a valid key come back as NaN.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import xarray as xr
 import zarr
 from xarray.backends import BackendArray
 from xarray.core import indexing
@@ -16,6 +18,7 @@ from xarray.core import indexing
 from attnscope.tokens import KIND_CODES
 
 DIMS = ("sample", "layer", "head", "query_token", "key_token")
+_TILE_BYTES = 2**26
 Index = int | slice | np.ndarray
 Tile = tuple[slice, slice, slice, slice, slice]
 
@@ -96,6 +99,47 @@ class AttentionArray(BackendArray):
         if not columns.all():
             values[np.broadcast_to(~columns[:, None, None, None], values.shape)] = np.nan
         return values
+
+
+class HeadMean(BackendArray):
+    """The mean over heads of one array of a site, or of the positive part of the product of several.
+
+    Only what an index asks for is read, a layer at a time and as many samples as fill one tile.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, *factors: xr.Variable) -> None:
+        self._factors = factors
+        samples, layers, _, queries, keys = factors[0].shape
+        self.shape = (samples, layers, queries, keys)
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._outer)
+
+    def _outer(self, key: tuple[Index, ...]) -> np.ndarray:
+        samples, layers, queries, keys = (_positions(k, n) for k, n in zip(key, self.shape, strict=True))
+        result = np.empty([len(p) for p in (samples, layers, queries, keys)], np.float32)
+        heads = self._factors[0].shape[2]
+        step = max(1, _TILE_BYTES // max(1, 4 * heads * len(queries) * len(keys)))
+        for start in range(0, len(samples), step):
+            at = slice(start, start + step)
+            for place, layer in enumerate(layers):
+                index = (_plain(samples[at]), int(layer), slice(None), _plain(queries), _plain(keys))
+                parts = [f[index].values for f in self._factors]
+                result[at, place] = _head_mean(parts)
+        return result[tuple(0 if isinstance(k, int | np.integer) else slice(None) for k in key)]
+
+
+def _plain(positions: np.ndarray) -> slice | np.ndarray:
+    """Ascending neighbours as a slice, which stores read far faster than a list."""
+    together = len(positions) > 0 and bool((np.diff(positions) == 1).all())
+    return slice(int(positions[0]), int(positions[-1]) + 1) if together else positions
+
+
+def _head_mean(parts: Sequence[np.ndarray]) -> np.ndarray:
+    product = parts[0] if len(parts) == 1 else np.clip(np.prod(parts, axis=0), 0, None)
+    return product.mean(1)
 
 
 def _positions(index: Index, length: int) -> np.ndarray:

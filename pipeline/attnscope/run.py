@@ -22,7 +22,7 @@ import zarr.codecs
 from xarray.core import indexing
 from zarr.abc.store import Store
 
-from attnscope.attention_array import DIMS, AttentionArray, DenseTiles, TileSource
+from attnscope.attention_array import DIMS, AttentionArray, DenseTiles, HeadMean, TileSource
 from attnscope.quantities import DERIVED_FROM, SCHEMA_VERSION, SITE_QUANTITIES, ExtractSpec, Quantity, quantity
 from attnscope.samples import Sample
 from attnscope.selection import Choice, select
@@ -307,10 +307,9 @@ class Run:
             stored = self._dataset(site)[name]
             return stored.assign_coords({"sample": self._sample_coordinate()})
         if name == "attention_mean":
-            return self.attention(site).mean("head", keep_attrs=True).rename(name)
+            return self._head_mean(site, name, self.attention(site))
         if name == "attention_relevance" and f"{site}/attention_grad" in self._group:
-            product = self.array(site, "attention_grad") * self.attention(site)
-            return product.clip(min=0).mean("head").rename(name)
+            return self._head_mean(site, name, self.array(site, "attention_grad"), self.attention(site))
         raise MissingQuantity(f"{self.location} does not hold {name!r} at site {site!r}")
 
     def quantities(self, site: str) -> tuple[str, ...]:
@@ -380,6 +379,13 @@ class Run:
         if site not in self.plan.sites:
             raise MissingQuantity(f"{self.location} has no site {site!r}; it has {', '.join(self.sites)}")
         return self.plan.sites[site]
+
+    def _head_mean(self, site: str, name: str, *factors: xr.DataArray) -> xr.DataArray:
+        row = SITE_QUANTITIES[name]
+        array = indexing.LazilyIndexedArray(HeadMean(*(f.variable for f in factors)))
+        variable = xr.Variable(row.dims, array, {"long_name": row.meaning, "units": row.units})
+        coordinates = {n: c for n, c in self._coordinates(site).items() if n != "head"}
+        return xr.DataArray(variable, coords=coordinates, name=name)
 
     def _tiles(self, site: str) -> TileSource:
         if f"{site}/attention" not in self._group:
