@@ -21,6 +21,7 @@ import zarr
 import zarr.codecs
 from xarray.core import indexing
 from zarr.abc.store import Store
+from zarr.storage import LocalStore
 
 from attnscope.attention_array import DIMS, AttentionArray, DenseTiles, HeadMean, TileSource
 from attnscope.quantities import DERIVED_FROM, SCHEMA_VERSION, SITE_QUANTITIES, ExtractSpec, Quantity, quantity
@@ -131,9 +132,7 @@ class Run:
             When there is a run, or anything else, at the location already.
         """
         store = open_store(location, read_only=False)
-        root = open_group(store, mode="a")
-        if "schema" in root.attrs:
-            raise RunError(f"{str(location)!r} already holds a run; open it, or choose another place")
+        root = _empty_root(store, location)
         for path, row, sizes in _arrays_of(plan, spec):
             _create_array(root, path, row, {"sample": len(samples), **sizes}, plan.unit, spec)
         for name, site in plan.sites.items():
@@ -255,7 +254,7 @@ class Run:
             wanted = f"needs the target {spec.target!r}, but {self.location} was extracted for {mine.target!r}"
         else:
             wanted = f"needs sites or layers which {self.location} does not hold"
-        raise MissingQuantity(f"{asker} {wanted}; extract again into another run with --for {asker.split()[-1]}")
+        raise MissingQuantity(f"{asker} {wanted}; extract again into another run with --for {asker.rsplit(maxsplit=1)[-1]}")
 
     def tidy(self) -> int:
         """Delete the half-written files that a killed writer left; their number."""
@@ -457,6 +456,23 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found | {"python": platform.python_version(), "platform": sys.platform}
+
+
+def _empty_root(store: Store, location: object) -> zarr.Group:
+    """A new root group; what a maker that was killed left there is cleared, anything else is respected."""
+    try:
+        root = open_group(store)
+    except (FileNotFoundError, KeyError, ValueError):
+        root = None
+    if root is not None and "schema" in root.attrs:
+        raise RunError(f"{str(location)!r} already holds a run; open it, or choose another place")
+    unfinished = root is not None and root.attrs.get("making") == "attnscope run"
+    occupied = isinstance(store, LocalStore) and any(Path(store.root).iterdir())
+    if not unfinished and (root is not None or occupied):
+        raise RunError(f"{str(location)!r} is not empty and holds no run; choose another place")
+    root = open_group(store, mode="w")
+    root.attrs.put({"making": "attnscope run"})
+    return root
 
 
 def _arrays_of(plan: RunPlan, spec: ExtractSpec) -> Iterable[tuple[str, Quantity, dict[str, int]]]:

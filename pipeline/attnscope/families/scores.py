@@ -31,7 +31,11 @@ def similarity(outputs: object, inputs: object, loaded: "LoadedModel") -> "Tenso
 
 
 def cls_norm(outputs: object, inputs: object, loaded: "LoadedModel") -> "Tensor":
-    """The Euclidean norm of the first token's last hidden state."""
+    """The Euclidean norm of the first token's last hidden state.
+
+    Where the model ends in a LayerNorm, only the spread of its gains makes this depend on the input: with equal gains
+    it is a constant, and another target should be named.
+    """
     return _last_hidden(outputs, loaded)[:, 0].float().norm(dim=-1)
 
 
