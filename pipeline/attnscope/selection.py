@@ -300,17 +300,24 @@ def _plain_text(token: str) -> str:
 
 
 def _with_tokens(run: "Run", site: str, array: xr.DataArray) -> xr.DataArray:
-    """The array with kind, text, row and column of its tokens as (lazy) coordinates, and head numbers."""
+    """The array with number, kind, text, row and column of its tokens as coordinates, read when they are needed."""
     plan = run.plan.sites[site]
-    coordinates: dict[str, xr.Variable] = {}
+    coordinates: dict[str, xr.Variable | np.ndarray] = {}
     for side, stream in (("query", plan.queries), ("key", plan.keys)):
-        if f"{side}_token" not in array.dims or f"{side}_kind" in array.coords:
+        dim = f"{side}_token"
+        if dim not in array.dims:
+            continue
+        coordinates[dim] = np.arange(array.sizes[dim])
+        if f"{side}_kind" in array.coords:
             continue
         tokens = run.tokens(stream)
         for name in ("kind", "token_text", "row", "column"):
             variable = tokens[name].variable
-            renamed = xr.Variable(("sample", f"{side}_token"), variable._data, variable.attrs)
-            coordinates[f"{side}_{name.removeprefix('token_')}"] = renamed
+            coordinates[f"{side}_{name.removeprefix('token_')}"] = xr.Variable(
+                ("sample", dim), variable._data, variable.attrs
+            )
+    if "kv_head" in array.dims:
+        coordinates["kv_head"] = np.arange(array.sizes["kv_head"])
     return array.assign_coords(coordinates)
 
 

@@ -1,0 +1,356 @@
+"""Checking a run: every chunk is read and decoded, and what the marks claim is held against what is there.
+
+Chunks carry checksums, so that a changed byte can't decode; a chunk that is gone reads as the fill value, which is
+found where an extracted sample has no values.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import zarr
+from zarr.storage import LocalStore
+
+from attnscope.attention_array import to_float32
+from attnscope.quantities import SITE_QUANTITIES, ExtractSpec
+from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, Run
+from attnscope.stores import open_group
+from attnscope.tokens import KIND_CODES
+
+Region = tuple[slice, ...]
+Listener = Callable[[int, int], None]
+
+# Rounding to half precision changes a weight by at most one part in 2**11, so the sum of a row, which is 1, by no more;
+# below the normal halves the step is 2**-24. Sums of float32 weights are off by what softmax itself is off.
+_ROW_TOLERANCE = {"float16": 2.0**-11, "exact": 1e-5}
+_HALF_STEP = 2.0**-25
+_NAMED_AT_MOST = 6
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something broken: where (a path in the run), what, and the positions of the samples that it touches."""
+
+    place: str
+    problem: str
+    samples: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a check found: faults, and how much was looked at."""
+
+    faults: tuple[Fault, ...]
+    arrays: int
+    chunks: int
+    extracted: int
+    left_out: int
+    missing: int
+    half_written: int
+
+    def sentences(self, sample_ids: list[str]) -> list[str]:
+        """One sentence for each fault, with the ids of the samples."""
+        return [_sentence(fault, sample_ids) for fault in self.faults]
+
+
+def check_run(run: Run, listener: Listener | None = None) -> CheckReport:
+    """Read every chunk of a run and verify checksums, marks, and the row sums of attention.
+
+    `listener` is told the number of chunks done, and of all.
+    """
+    faults: list[Fault] = []
+    arrays = _arrays(run, faults)
+    misshapen = list(_misshapen(run, arrays))
+    faults += misshapen
+    arrays = {path: array for path, array in arrays.items() if path not in {fault.place for fault in misshapen}}
+    status = _read_whole(arrays, "samples/status")
+    total = sum(len(list(_regions(array))) for array in arrays.values())
+    done = 0
+    for path, array in arrays.items():
+        look = _look(run, arrays, path, status)
+        for region in _regions(array):
+            faults += _checked(path, array, region, look)
+            done += 1
+            if listener is not None:
+                listener(done, total)
+    faults += _absent(run, arrays)
+    marks = status if status is not None else np.array([], np.uint8)
+    wrong = np.flatnonzero(~np.isin(marks, (MISSING, EXTRACTED, LEFT_OUT)))
+    if wrong.size:
+        faults.append(Fault("samples/status", "holds marks that mean nothing", tuple(map(int, wrong))))
+    return CheckReport(
+        faults=tuple(_merged(faults)),
+        arrays=len(arrays),
+        chunks=total,
+        extracted=int((marks == EXTRACTED).sum()),
+        left_out=int((marks == LEFT_OUT).sum()),
+        missing=int((marks == MISSING).sum()),
+        half_written=_half_written(run),
+    )
+
+
+# -- what there is -----------------------------------------------------------------------------------------------------
+
+
+def _arrays(run: Run, faults: list[Fault]) -> dict[str, zarr.Array]:
+    """Every array of the run by path; one whose metadata can't be read is a fault."""
+    found = {}
+    for path in _paths(run):
+        try:
+            array = open_group(run.store)[path]
+        except Exception as error:
+            faults.append(Fault(path, f"has metadata that can't be read ({_one_line(error)})"))
+            continue
+        if isinstance(array, zarr.Array):
+            found[path] = array
+    return found
+
+
+def _paths(run: Run) -> list[str]:
+    """Paths of everything that has metadata; in a store that can't list, of what the plan of the run names."""
+    if isinstance(run.store, LocalStore):
+        root = Path(run.store.root)
+        return sorted(p.parent.relative_to(root).as_posix() for p in root.rglob("zarr.json") if p.parent != root)
+    return sorted(path for path, _ in open_group(run.store).members(max_depth=None))
+
+
+def _expected(run: Run) -> Iterator[str]:
+    """Paths of the groups and arrays that a run of this plan holds."""
+    yield from ("samples", *run.streams, *run.sites)
+    for name in ("id", "text", "regions", "image_digest", "reason", "status"):
+        yield f"samples/{name}"
+    for stream in run.streams:
+        for name in ("token_text", "kind", "row", "column"):
+            yield f"{stream}/{name}"
+    for site in run.sites:
+        for name in (*sorted(run.spec.quantities & set(SITE_QUANTITIES)), "query_valid", "layer", "head"):
+            yield f"{site}/{name}"
+
+
+def _absent(run: Run, arrays: dict[str, zarr.Array]) -> Iterator[Fault]:
+    known = set(_paths(run))
+    for path in _expected(run):
+        if path not in arrays and path not in known:
+            yield Fault(path, "is gone: the run was made with it, and it is not there")
+
+
+def _misshapen(run: Run, arrays: dict[str, zarr.Array]) -> Iterator[Fault]:
+    """Arrays whose sizes are not those that the run was planned with."""
+    for path, array in arrays.items():
+        group = path.rpartition("/")[0]
+        sizes = _sizes(run, group)
+        for name, length in zip(array.metadata.dimension_names or (), array.shape, strict=False):  # type: ignore[union-attr]
+            if sizes.get(str(name), length) != length:
+                yield Fault(path, f"has {length} along {name} where the run has {sizes[str(name)]}")
+
+
+def _sizes(run: Run, group: str) -> dict[str, int]:
+    """The length of the dimensions of a stream's or site's arrays."""
+    if group in run.streams:
+        return {"token": run.plan.streams[group]}
+    return run.plan.sizes(run.plan.sites[group]) if group in run.sites else {}
+
+
+def _regions(array: zarr.Array) -> Iterator[Region]:
+    """The parts of an array that are stored as one object each."""
+    return _tiles(tuple(slice(0, n) for n in array.shape), array.shards or array.chunks)
+
+
+def _tiles(whole: Region, sizes: tuple[int, ...]) -> Iterator[Region]:
+    spans = [
+        [slice(at, min(at + size, part.stop)) for at in range(part.start, part.stop, size)]
+        for part, size in zip(whole, sizes, strict=True)
+    ]
+    return itertools.product(*spans)
+
+
+def _half_written(run: Run) -> int:
+    if not isinstance(run.store, LocalStore):
+        return 0
+    return sum(1 for _ in Path(run.store.root).rglob("*.partial"))
+
+
+# -- what is looked at -------------------------------------------------------------------------------------------------
+
+Look = Callable[[Region, np.ndarray], Iterator[Fault]]
+
+
+def _checked(path: str, array: zarr.Array, region: Region, look: Look | None) -> Iterator[Fault]:
+    try:
+        values = np.asarray(array[region])
+    except Exception as error:
+        yield from _unreadable(path, array, region, error)
+        return
+    if look is not None:
+        yield from look(region, values)
+
+
+def _unreadable(path: str, array: zarr.Array, region: Region, error: Exception) -> Iterator[Fault]:
+    """One fault for each unreadable chunk of a region; for the region where its index itself is broken."""
+    by_sample = bool(array.metadata.dimension_names) and array.metadata.dimension_names[0] == "sample"  # type: ignore[union-attr, index]
+    broken = [(region, error)]
+    if array.shards is not None:
+        broken = list(_broken_chunks(array, region)) or broken
+    for part, reason in broken:
+        samples = tuple(range(part[0].start, part[0].stop)) if by_sample else ()
+        yield Fault(path, f"can't be decoded{_where(array, part)} ({_one_line(reason)})", samples)
+
+
+def _broken_chunks(array: zarr.Array, region: Region) -> Iterator[tuple[Region, Exception]]:
+    for part in _tiles(region, array.chunks):
+        try:
+            array[part]
+        except Exception as error:
+            yield part, error
+
+
+def _where(array: zarr.Array, region: Region) -> str:
+    names = array.metadata.dimension_names or ()  # type: ignore[union-attr]
+    for name, span in zip(names, region, strict=False):
+        if name == "layer" and len(array.shape) > 1:
+            return f" at layer position {span.start}"
+    return ""
+
+
+def _look(run: Run, arrays: dict[str, zarr.Array], path: str, status: np.ndarray | None) -> Look | None:
+    """What else is asked of an array's values, beyond that they decode."""
+    group, _, name = path.rpartition("/")
+    look: Look | None = None
+    if status is None:
+        return None
+    if group in run.sites and name in (*SITE_QUANTITIES, "query_valid"):
+        look = _SiteLook(run, arrays, group, name, status)
+    elif group in run.streams and name == "kind":
+        look = partial(_without_tokens, path, status)
+    elif path == "samples/id":
+        look = _without_names
+    elif name in ("layer", "head") and group.removeprefix("weights/") in run.sites:
+        plan = run.plan.sites[group.removeprefix("weights/")]
+        look = partial(_renumbered, path, np.array(plan.layers) if name == "layer" else np.arange(plan.heads))
+    elif group.startswith("weights/"):
+        look = partial(_without_weights, path)
+    return look
+
+
+class _SiteLook:
+    """Extracted samples have values in every layer and head; rows of attention sum to 1."""
+
+    def __init__(self, run: Run, arrays: dict[str, zarr.Array], site: str, name: str, status: np.ndarray) -> None:
+        self._path = f"{site}/{name}"
+        self._name = name
+        self._status = status
+        self._by_head = "head" in SITE_QUANTITIES[name].dims or "kv_head" in SITE_QUANTITIES[name].dims
+        plan = run.plan.sites[site]
+        self._layers = plan.layers
+        self._valid = _read_whole(arrays, f"{site}/query_valid")
+        self._query_kind = _read_whole(arrays, f"{plan.queries}/kind")
+        self._key_kind = _read_whole(arrays, f"{plan.keys}/kind")
+        self._tolerance = _tolerance(run.spec, plan.key_tokens)
+
+    def __call__(self, region: Region, values: np.ndarray) -> Iterator[Fault]:
+        if self._valid is None or self._query_kind is None or self._key_kind is None:
+            return
+        samples, layers = region[0], region[1]
+        padding = KIND_CODES["padding"]
+        real = self._query_kind[samples] != padding
+        done = self._status[samples] == EXTRACTED
+        if self._name == "query_valid":
+            yield from self._told(
+                region, np.asarray(done & real.any(axis=1)), ~values.any(axis=-1), "marks no query row as valid"
+            )
+            return
+        rows = self._valid[samples, layers] & real[:, None]
+        due = done[:, None] & rows.any(axis=-1)
+        values = to_float32(values)
+        heads = values.shape[2] if self._by_head else 1
+        empty = np.isnan(values).reshape(*values.shape[:2], heads, -1).all(axis=-1).any(axis=-1)
+        yield from self._told(region, due, empty, "holds no values")
+        if self._name == "attention":
+            keys = self._key_kind[samples] != padding
+            off = self._off(values, rows, keys)
+            yield from self._told(
+                region, due & ~empty, off, f"has rows that do not sum to 1 within {self._tolerance:.1e}"
+            )
+
+    def _off(self, values: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Samples and layers (sample, layer) with a row whose sum is not 1."""
+        wrong = np.zeros(values.shape[:2], bool)
+        for sample, layer in np.ndindex(*wrong.shape):
+            tile = values[sample, layer][:, rows[sample, layer]][..., keys[sample]]
+            sums = tile.sum(axis=-1, dtype=np.float32)
+            wrong[sample, layer] = not (np.abs(sums - 1) <= self._tolerance).all()
+        return wrong
+
+    def _told(self, region: Region, due: np.ndarray, broken: np.ndarray, problem: str) -> Iterator[Fault]:
+        due = due[:, None] if due.ndim == 1 else due
+        for position, column in enumerate((due & broken).T):
+            touched = tuple(int(at) + region[0].start for at in np.flatnonzero(column))
+            if touched:
+                layer = self._layers[region[1].start + position]
+                yield Fault(self._path, f"{problem} in layer {layer}, though marked as extracted", touched)
+
+
+def _tolerance(spec: ExtractSpec, keys: int) -> float:
+    return _ROW_TOLERANCE[spec.encoding] + (keys * _HALF_STEP if spec.encoding == "float16" else 0)
+
+
+def _without_tokens(path: str, status: np.ndarray, region: Region, kinds: np.ndarray) -> Iterator[Fault]:
+    bare = (status[region[0]] == EXTRACTED) & (kinds == KIND_CODES["padding"]).all(axis=1)
+    if bare.any():
+        touched = tuple(int(at) + region[0].start for at in np.flatnonzero(bare))
+        yield Fault(path, "knows no tokens, though marked as extracted", touched)
+
+
+def _without_names(region: Region, ids: np.ndarray) -> Iterator[Fault]:
+    nameless = tuple(at + region[0].start for at, name in enumerate(ids) if not str(name))
+    if nameless:
+        yield Fault("samples/id", "is empty", nameless)
+
+
+def _without_weights(path: str, _: Region, values: np.ndarray) -> Iterator[Fault]:
+    if np.isnan(values).any():
+        yield Fault(path, "lacks weights of a layer")
+
+
+def _renumbered(path: str, labels: np.ndarray, region: Region, values: np.ndarray) -> Iterator[Fault]:
+    if not np.array_equal(values, labels[region[0]]):
+        yield Fault(path, "holds other numbers than the run was planned with")
+
+
+def _read_whole(arrays: dict[str, zarr.Array], path: str) -> np.ndarray | None:
+    if path not in arrays:
+        return None
+    try:
+        return np.asarray(arrays[path][...])
+    except Exception:
+        # Told where the chunks of this array themselves are looked at.
+        return None
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def _merged(faults: Iterable[Fault]) -> Iterator[Fault]:
+    """Faults that differ in their samples alone become one."""
+    found: dict[tuple[str, str], Fault] = {}
+    for fault in faults:
+        known = found.get((fault.place, fault.problem), replace(fault, samples=()))
+        found[fault.place, fault.problem] = replace(known, samples=tuple(sorted({*known.samples, *fault.samples})))
+    return iter(found.values())
+
+
+def _sentence(fault: Fault, sample_ids: list[str]) -> str:
+    if not fault.samples:
+        return f"{fault.place} {fault.problem}"
+    names = [json.dumps(sample_ids[at]) if at < len(sample_ids) else f"#{at}" for at in fault.samples]
+    shown = ", ".join(names[:_NAMED_AT_MOST])
+    more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
+    return f"{fault.place} {fault.problem}: sample {shown}{more}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
