@@ -22,7 +22,7 @@ HEAVY = ("PIL", "matplotlib", "prefect", "safetensors", "torch", "transformers")
 
 # The modules of attnscope, each below those that may import it; a package counts as one. Importing for type checkers
 # alone is free.
-CORE = ("quantities", "tokens", "samples", "stores", "attention_array", "selection", "run")
+CORE = ("quantities", "tokens", "samples", "stores", "attention_array", "selection", "run", "checking")
 ANALYSIS = ("statistics", "report", "plugins", "analysis", "rendering", "testing")
 MODEL_LINE = ("recording", "embedded", "families", "loading", "writing", "planning", "extraction", "study")
 ORDER = (*CORE, *ANALYSIS, *MODEL_LINE, "cli")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attnscope.samples import Region, Sample
+from attnscope.samples import Region, Sample, SampleError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -152,6 +152,21 @@ _PHOTOGRAPHS = (
 )
 
 
+# Written for attnscope: pronouns and words that only their sentence makes clear, agreement across a clause, negation.
+_SENTENCES = {
+    "trophy": "The trophy did not fit into the suitcase because it was too big.",
+    "suitcase": "The trophy did not fit into the suitcase because it was too small.",
+    "river-bank": "After the flood the fishermen sat on the bank and mended their nets.",
+    "money-bank": "After the flood the farmers went to the bank and asked for a loan.",
+    "keys": "The keys to the old cabinet are on the kitchen table.",
+    "nurse": "The nurse told the doctor that she had already checked the patient.",
+    "negation": "The critics did not dislike the film, but they never praised it.",
+    "garden-path": "The horse raced past the barn fell.",
+    "list": "She bought apples, pears and plums, and gave the plums to her brother.",
+    "question": "Who did the neighbours say had seen the fire first?",
+}
+
+
 def embedded_model(name: str) -> Path:
     """The folder, in transformers' own format, of a model that an installed package carries.
 
@@ -174,6 +189,26 @@ def embedded_model(name: str) -> Path:
     return folder
 
 
+def embedded_samples(name: str) -> list[Sample]:
+    """The samples that go by a name: 'photographs' or 'sentences'.
+
+    Raises
+    ------
+    SampleError
+        When there are none of this name.
+    ModuleNotFoundError
+        When a package that carries them isn't installed.
+    """
+    if name not in _SAMPLES:
+        raise SampleError(f"unknown embedded samples {name!r}; known: {', '.join(sorted(_SAMPLES))}")
+    return _SAMPLES[name]()
+
+
+def embedded_sentences() -> list[Sample]:
+    """Ten English sentences, some of them in pairs that differ in one word."""
+    return [Sample(id=id_, text=text) for id_, text in _SENTENCES.items()]
+
+
 def embedded_photographs() -> list[Sample]:
     """Ten real photographs that installed packages carry, each with a caption and boxes of what the caption names.
 
@@ -183,6 +218,9 @@ def embedded_photographs() -> list[Sample]:
         When scikit-image or scikit-learn isn't installed.
     """
     return [_sample(photograph) for photograph in _PHOTOGRAPHS]
+
+
+_SAMPLES = {"photographs": embedded_photographs, "sentences": embedded_sentences}
 
 
 def _sample(photograph: _Photograph) -> Sample:

@@ -13,7 +13,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BertModel, Dinov2Model
 
 from attnscope import embedded
-from attnscope.embedded import EMBEDDED_MODELS, embedded_model, embedded_photographs
+from attnscope.embedded import EMBEDDED_MODELS, embedded_model, embedded_photographs, embedded_samples
+from attnscope.samples import SampleError
 
 LAYERS = 12
 
@@ -182,6 +183,14 @@ def test_phrases_stand_in_their_captions() -> None:
         for region in sample.regions:
             assert region.span is not None
             assert sample.text[slice(*region.span)] == region.phrase
+
+
+def test_samples_go_by_name() -> None:
+    assert [sample.id for sample in embedded_samples("photographs")] == [sample.id for sample in embedded_photographs()]
+    sentences = embedded_samples("sentences")
+    assert len({sample.id for sample in sentences}) == len({sample.text for sample in sentences}) == 10
+    with pytest.raises(SampleError, match="unknown embedded samples 'pictures'; known: photographs, sentences"):
+        embedded_samples("pictures")
 
 
 def run_graph(onnx_file: Path, nodes: list[str], pixels: np.ndarray) -> list[np.ndarray]:
