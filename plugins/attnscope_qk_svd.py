@@ -178,13 +178,15 @@ class QKSVD:
         key = np.repeat(key, len(query) // len(key), axis=0)
         values, cosines = singular_values(query, key)
         groups = degenerate_groups(values, self.tolerance)
+        # Modes of no size can be any directions: their cosine says nothing.
+        defined = values > self.tolerance * values[..., :1]
         average = average_cosine(values, cosines)
         null = self._null(query, key, values)
         heads = average[:, None] if len(average) else np.full((1, 1), np.nan)
         low, high = bootstrap_interval(heads, seed=self.seed)
         described = {
             "singular_value": (("head", "mode"), values),
-            "cosine": (("head", "mode"), share_within_groups(cosines, groups)),
+            "cosine": (("head", "mode"), np.where(defined, share_within_groups(cosines, groups), np.nan)),
             "degenerate_group": (("head", "mode"), groups),
             "cosine_average": ("head", average),
             "null_low": ("head", np.quantile(null, 0.025, axis=0)),

@@ -1,0 +1,309 @@
+"""Relevance, rollout and raw attention: hand-computed cases, limits, and a brute-force reference."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import attnscope_relevance as rel
+from attnscope import Run, Sample, analyse
+from attnscope.analysis import make_analyser
+from attnscope.quantities import ExtractSpec
+from attnscope.run import EXTRACTED, LEFT_OUT, RunPlan, SitePlan
+from attnscope.testing import check_analyser, make_run
+from attnscope.tokens import KIND_CODES, TokenLayout, text_layout
+from attnscope_relevance import Relevance
+
+SAMPLES, LAYERS, TOKENS = 3, 4, 7
+
+
+@pytest.fixture
+def maps() -> np.ndarray:
+    """Attention-like maps (layer, sample, query_token, key_token), rows sum to 1."""
+    scores = np.exp(np.random.default_rng(0).normal(0, 2, (LAYERS, SAMPLES, TOKENS, TOKENS)))
+    return scores / scores.sum(-1, keepdims=True)
+
+
+def all_rows(maps: np.ndarray, step) -> np.ndarray:  # type: ignore[no-untyped-def]
+    """The whole matrix (sample, row, token), one read-out row at a time."""
+    size = maps.shape[-1]
+    rows = [rel.fold_back(np.tile(np.eye(size)[i], (maps.shape[1], 1)), maps[::-1], step) for i in range(size)]
+    return np.stack(rows, 1)
+
+
+def brute_relevance(maps: np.ndarray) -> np.ndarray:
+    """Equation 6 as it is written, for one sample: R <- R + A R in forward order, with loops."""
+    size = maps.shape[-1]
+    relevance = [[float(i == j) for j in range(size)] for i in range(size)]
+    for layer in maps:
+        added = [[sum(layer[i, k] * relevance[k][j] for k in range(size)) for j in range(size)] for i in range(size)]
+        relevance = [[relevance[i][j] + added[i][j] for j in range(size)] for i in range(size)]
+    return np.array(relevance)
+
+
+def brute_rollout(maps: np.ndarray) -> np.ndarray:
+    """Product of (A + I), rows normalised, later layers on the left."""
+    total = np.eye(maps.shape[-1])
+    for layer in maps:
+        mixed = layer + np.eye(len(layer))
+        total = mixed / mixed.sum(-1, keepdims=True) @ total
+    return total
+
+
+def test_two_tokens_two_layers_by_hand() -> None:
+    first, second = np.array([[0.0, 1.0], [0.5, 0.5]]), np.array([[0.5, 0.5], [0.0, 1.0]])
+    # I + A_1 = [[1, 1], [.5, 1.5]], I + A_2 = [[1.5, .5], [0, 2]]; row 0 of (I + A_2)(I + A_1) = [1.75, 2.25].
+    read = np.array([[1.0, 0.0]])
+    layers = [second[None], first[None]]
+    np.testing.assert_allclose(rel.fold_back(read, layers, rel.add_relevance), [[1.75, 2.25]], rtol=1e-15)
+    np.testing.assert_allclose(rel.fold_back(read, layers, rel.add_rollout), [[1.75 / 4, 2.25 / 4]], rtol=1e-15)
+    np.testing.assert_allclose(rel.fold_back(read, layers[:1], rel.attend), [[0.5, 0.5]], rtol=1e-15)
+
+
+def test_rows_carried_backwards_equal_the_full_product(maps: np.ndarray) -> None:
+    relevance, rollout = all_rows(maps, rel.add_relevance), all_rows(maps, rel.add_rollout)
+    for sample in range(SAMPLES):
+        np.testing.assert_allclose(relevance[sample], brute_relevance(maps[:, sample]), rtol=1e-6)
+        np.testing.assert_allclose(rollout[sample], brute_rollout(maps[:, sample]), rtol=1e-6)
+
+
+def test_relevance_of_no_attention_is_the_identity(maps: np.ndarray) -> None:
+    for step in (rel.add_relevance, rel.add_rollout):
+        np.testing.assert_array_equal(
+            all_rows(0 * maps, step), np.broadcast_to(np.eye(TOKENS), (SAMPLES, TOKENS, TOKENS))
+        )
+
+
+def test_relevance_of_identity_attention_doubles_with_each_layer(maps: np.ndarray) -> None:
+    identity = np.broadcast_to(np.eye(TOKENS), maps.shape)
+    np.testing.assert_allclose(all_rows(identity, rel.add_relevance)[0], 2**LAYERS * np.eye(TOKENS))
+    np.testing.assert_allclose(all_rows(identity, rel.add_rollout)[0], np.eye(TOKENS))
+
+
+def test_relevance_of_mean_attention_is_rollout_times_two_to_the_number_of_layers(maps: np.ndarray) -> None:
+    np.testing.assert_allclose(
+        all_rows(maps, rel.add_relevance), 2**LAYERS * all_rows(maps, rel.add_rollout), rtol=1e-12
+    )
+
+
+def test_rollout_rows_sum_to_one_and_relevance_holds_the_identity(maps: np.ndarray) -> None:
+    np.testing.assert_allclose(all_rows(maps, rel.add_rollout).sum(-1), 1, rtol=1e-12)
+    assert (all_rows(maps, rel.add_relevance) >= np.eye(TOKENS)).all()
+
+
+def test_causal_maps_keep_relevance_lower_triangular(maps: np.ndarray) -> None:
+    for step in (rel.add_relevance, rel.add_rollout):
+        above = np.triu(np.ones((TOKENS, TOKENS), bool), 1)
+        assert (all_rows(np.tril(maps), step)[:, above] == 0).all()
+
+
+def test_permuting_tokens_permutes_relevance(maps: np.ndarray) -> None:
+    order = np.random.default_rng(1).permutation(TOKENS)
+    for step in (rel.add_relevance, rel.add_rollout, rel.attend):
+        permuted = all_rows(maps[..., order, :][..., order], step)
+        np.testing.assert_allclose(permuted, all_rows(maps, step)[:, order][..., order], rtol=1e-12)
+
+
+def test_samples_of_a_batch_do_not_touch_each_other(maps: np.ndarray) -> None:
+    together = all_rows(maps, rel.add_relevance)
+    for sample in range(SAMPLES):
+        np.testing.assert_allclose(all_rows(maps[:, [sample]], rel.add_relevance)[0], together[sample], rtol=1e-12)
+
+
+def test_a_query_without_a_key_passes_its_relevance_on_unchanged(maps: np.ndarray) -> None:
+    maps[:, :, 2] = np.nan
+    for step in (rel.add_relevance, rel.add_rollout):
+        np.testing.assert_array_equal(all_rows(maps, step)[:, 2], np.tile(np.eye(TOKENS)[2], (SAMPLES, 1)))
+        assert np.isfinite(all_rows(maps, step)).all()
+
+
+def test_read_out_rows() -> None:
+    kind = np.array([[3, 2, 2, 0], [0, 1, 1, 1]])
+    expected = {
+        "mean": [[1 / 3, 1 / 3, 1 / 3, 0], [0, 1 / 3, 1 / 3, 1 / 3]],
+        "auto": [[1, 0, 0, 0], [0, 1 / 3, 1 / 3, 1 / 3]],
+        1: [[0, 1, 0, 0], [0, 0, 1, 0]],
+        -1: [[0, 0, 1, 0], [0, 0, 0, 1]],
+    }
+    for row, weights in expected.items():
+        np.testing.assert_allclose(rel.readout_rows(kind, KIND_CODES, row), weights)  # type: ignore[arg-type]
+    np.testing.assert_allclose(rel.readout_rows(kind[:1], KIND_CODES, "cls"), [[1, 0, 0, 0]])
+    with pytest.raises(ValueError, match="asks for a CLS token"):
+        rel.readout_rows(kind, KIND_CODES, "cls")
+    with pytest.raises(ValueError, match="row 3 lies outside"):
+        rel.readout_rows(kind, KIND_CODES, 3)
+
+
+def test_share_of_the_strongest_tokens() -> None:
+    assert rel.top_share(np.ones(20)) == pytest.approx(0.1)
+    assert rel.top_share(np.eye(20)[3]) == 1
+    assert np.isnan(rel.top_share(np.zeros(20)))
+
+
+def test_rank_correlation_by_hand_and_with_ties() -> None:
+    one = np.array([1.0, 2.0, 3.0, 4.0])
+    assert rel.rank_correlation(one, np.exp(one)) == pytest.approx(1)
+    assert rel.rank_correlation(one, -one) == pytest.approx(-1)
+    # 1 - 6 * (1 + 1) / (4 * 15), the formula without ties.
+    assert rel.rank_correlation(one, np.array([2.0, 1.0, 3.0, 4.0])) == pytest.approx(0.8)
+    # Ranks 0, 1.5, 1.5, 3 against 0, 1, 2, 3: covariance 4.5, variances 4.5 and 5.
+    assert rel.rank_correlation(np.array([1.0, 2.0, 2.0, 4.0]), one) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+    assert np.isnan(rel.rank_correlation(one, np.ones(4)))
+
+
+def make_text_run(
+    attention: np.ndarray, relevance: np.ndarray, kind: np.ndarray, *, layers: tuple[int, ...], status: np.ndarray
+) -> Run:
+    """A run of one text stream with the given maps (sample, layer, query_token, key_token); padding is NaN."""
+    samples, depth, size, _ = attention.shape
+    site = SitePlan("text", "text", layers, ("",) * depth, 1, 1, size, size)
+    plan = RunPlan(streams={"text": size}, sites={"text.self": site}, unit=2)
+    spec = ExtractSpec(frozenset({"attention_mean", "attention_relevance", "score"}))
+    run = Run.create(None, plan, spec, [Sample(f"s{i}", text="x") for i in range(samples)], {"model": "made"})
+    words = [[f"w{t}" for t in range(size)] for _ in range(samples)]
+    valid = np.isfinite(attention).any(-1)
+    for block in run.blocks():
+        at = slice(block.start, block.stop)
+        run.write_tokens("text", block, text_layout(words[at], kind[at]))
+        for layer in range(depth):
+            run.write_layer("text.self", "attention_mean", block, layer, attention[at, layer])
+            run.write_layer("text.self", "attention_relevance", block, layer, relevance[at, layer])
+            run.write_layer("text.self", "query_valid", block, layer, valid[at, layer])
+        run.commit(block, status[at])
+    return run
+
+
+@pytest.fixture
+def ragged() -> dict[str, np.ndarray]:
+    """Three texts, of 7, 4 and 6 tokens, the second with a dead row, the third left out."""
+    generator = np.random.default_rng(7)
+    attention = np.exp(generator.normal(0, 2, (SAMPLES, LAYERS, TOKENS, TOKENS)))
+    relevance = np.clip(generator.normal(size=attention.shape), 0, None)
+    kind = np.full((SAMPLES, TOKENS), KIND_CODES["text"])
+    kind[:, 0] = KIND_CODES["cls"]
+    for sample, length in ((1, 4), (2, 6)):
+        attention[sample, :, length:] = attention[sample, :, :, length:] = 0
+        kind[sample, length:] = KIND_CODES["padding"]
+    attention[1, 2, 3] = 0
+    sums = attention.sum(-1, keepdims=True)
+    attention = np.divide(attention, sums, out=np.zeros_like(attention), where=sums > 0)
+    attention[1, 2, 3] = relevance[1, 2, 3] = np.nan
+    for stored in (attention, relevance):
+        padding = kind == KIND_CODES["padding"]
+        stored[np.broadcast_to(padding[:, None, :, None] | padding[:, None, None, :], stored.shape)] = np.nan
+    status = np.array([EXTRACTED, EXTRACTED, LEFT_OUT])
+    return {"attention": attention, "relevance": relevance, "kind": kind, "status": status}
+
+
+def test_analyser_equals_full_matrices_on_texts_of_several_lengths(ragged: dict[str, np.ndarray]) -> None:
+    run = make_text_run(**ragged, layers=(3, 4, 5, 6))
+    result = analyse(run, Relevance(), save=False).sel(site="text.self")
+    for sample, length in enumerate((7, 4)):
+        relevance, attention = (
+            np.nan_to_num(ragged[name][sample, :, :length, :length]) for name in ("relevance", "attention")
+        )
+        expected = {
+            "relevance": brute_relevance(relevance)[0],
+            "rollout": brute_rollout(attention)[0],
+            "attention": attention[-1, 0],
+        }
+        for name, row in expected.items():
+            np.testing.assert_allclose(result[name][sample, :length], row, rtol=1e-6, atol=1e-9, err_msg=name)
+            assert result[name][sample, length:].isnull().all()
+    assert result["relevance"][2].isnull().all()
+    np.testing.assert_array_equal(result["dead_rows"], [0, 1, 0])
+    assert result.attrs["readout"] == "text.self: CLS token"
+
+
+def test_texts_are_shown_as_shaded_words_without_their_special_tokens(ragged: dict[str, np.ndarray]) -> None:
+    result = analyse(make_text_run(**ragged, layers=(0, 1, 2, 3)), Relevance(), save=False)
+    html = "".join(element.html() for element in Relevance().report(result))
+    assert ">w1</mark>" in html
+    assert ">w0</mark>" not in html
+    assert "1 query rows had no valid key" in html
+
+
+@pytest.mark.parametrize("start_layer", [5, -2])
+def test_start_layer_leaves_out_the_layers_before_it(ragged: dict[str, np.ndarray], start_layer: int) -> None:
+    run = make_text_run(**ragged, layers=(3, 4, 5, 6))
+    result = analyse(run, Relevance(start_layer=start_layer), save=False).sel(site="text.self")
+    np.testing.assert_allclose(result["relevance"][0], brute_relevance(ragged["relevance"][0, 2:])[0], rtol=1e-6)
+    np.testing.assert_allclose(result["rollout"][0], brute_rollout(ragged["attention"][0, 2:])[0], rtol=1e-6)
+    np.testing.assert_allclose(result["attention"][0], ragged["attention"][0, -1, 0], rtol=1e-6)
+    with pytest.raises(ValueError, match="start_layer 7 lies behind the last layer, 6"):
+        Relevance(start_layer=7).analyse(run)
+
+
+def test_mean_read_out_is_the_mean_of_the_rows_of_real_tokens(ragged: dict[str, np.ndarray]) -> None:
+    run = make_text_run(**ragged, layers=(0, 1, 2, 3))
+    result = analyse(run, Relevance(row="mean"), save=False).sel(site="text.self")
+    relevance = np.nan_to_num(ragged["relevance"][1, :, :4, :4])
+    np.testing.assert_allclose(result["relevance"][1, :4], brute_relevance(relevance).mean(0), rtol=1e-6)
+
+
+def test_analyser_keeps_the_contract() -> None:
+    result = check_analyser(Relevance())
+    assert result["relevance"].dims == ("site", "sample", "token")
+    assert {"kind", "row", "column", "token_text"} <= set(result.coords)
+    assert result["thumbnail"].sizes["shown"] == 3
+
+
+def test_samples_in_blocks_equal_samples_in_one_block() -> None:
+    run = make_run(samples=5)
+    run.plan = dataclasses.replace(run.plan, unit=5)
+    whole = Relevance().analyse(run)
+    run.plan = dataclasses.replace(run.plan, unit=1)
+    xr.testing.assert_allclose(Relevance().analyse(run), whole)
+
+
+def test_only_what_the_methods_need_is_required() -> None:
+    assert Relevance(methods=("rollout",)).requires() == ExtractSpec(frozenset({"attention_mean", "score"}))
+    assert "attention_relevance" in Relevance(target=3).requires().quantities
+    assert Relevance(target=3).requires().target == 3
+    run = make_run(quantities=frozenset({"attention", "score"}))
+    result = analyse(run, Relevance(methods=("rollout",)), save=False)
+    assert "relevance" not in result
+    np.testing.assert_allclose(result["rollout"].sum("token"), 1, rtol=1e-6)
+
+
+def test_wrong_options_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="relevance"):
+        make_analyser("relevance", {"methods": ["gradcam"]})
+    with pytest.raises(ValueError, match="no method 'gradcam'; its methods are relevance, rollout, attention"):
+        Relevance(methods=("gradcam",))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"which 'text\.vision' is not here; the run's are vision\.self"):
+        Relevance(sites=("text.vision",)).analyse(make_run())
+
+
+def test_maps_that_were_never_written_are_an_error() -> None:
+    run = make_run(quantities=frozenset({"attention", "attention_relevance", "score"}))
+    missing = np.full((2, 10, 10), np.nan, np.float32)
+    run.write_layer("vision.self", "attention_relevance", range(2), 0, missing)
+    with pytest.raises(ValueError, match="extracted without 'attention_relevance'"):
+        Relevance().analyse(run)
+
+
+def test_streams_of_different_length_stand_side_by_side() -> None:
+    vision, text = 5, 3
+    sites = {
+        name: SitePlan(stream, stream, (0,), ("",), 1, 1, size, size)
+        for name, stream, size in (("vision.self", "vision", vision), ("text.self", "text", text))
+    }
+    plan = RunPlan(streams={"vision": vision, "text": text}, sites=sites, unit=2)
+    run = Run.create(None, plan, ExtractSpec(frozenset({"attention_mean"})), [Sample("a"), Sample("b")], {})
+    for name, site in sites.items():
+        size = site.query_tokens
+        kind = np.full((2, size), KIND_CODES["image"])
+        place = np.tile(np.arange(size), (2, 1))
+        layout = TokenLayout(kind, np.full((2, size), name, object), place, place)
+        run.write_tokens(site.queries, range(2), layout)
+        run.write_layer(name, "query_valid", range(2), 0, np.ones((2, size), bool))
+        run.write_layer(name, "attention_mean", range(2), 0, np.full((2, size, size), 1 / size))
+    run.commit(range(2), np.full(2, EXTRACTED))
+    result = Relevance(methods=("rollout",)).analyse(run)
+    assert result["rollout"].sizes == {"site": 2, "sample": 2, "token": 5}
+    assert result["rollout"].sel(site="text.self", token=[3, 4]).isnull().all()
+    assert result["kind"].sel(site="text.self", token=[3, 4]).max() == KIND_CODES["padding"]
+    np.testing.assert_allclose(result["rollout"].sel(site="text.self", token=slice(0, 2)), 1 / 3, rtol=1e-6)
+    assert result.attrs["readout"].startswith("vision.self: mean over real tokens")
