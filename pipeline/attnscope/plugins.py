@@ -70,35 +70,48 @@ def load_plugins() -> Plugins:
     sources: dict[tuple[str, str], Source] = {}
     problems: list[str] = []
 
-    def collector(kind: str, found: dict, source: Source) -> Callable[[object], None]:
-        def register(thing: object) -> None:
-            name = getattr(thing, "name", None)
-            if not isinstance(name, str) or not name:
-                raise TypeError(f"{kind} {thing!r} has no name")
-            if name in found:
-                first = sources[kind, name]
-                raise PluginConflict(
-                    f"{kind} {name!r} is offered by {first.distribution} {first.version}"
-                    f" and by {source.distribution} {source.version}; uninstall one of them"
-                )
-            found[name] = thing
-            sources[kind, name] = source
-
-        return register
+    def add(kind: str, found: dict, thing: object, source: Source) -> None:
+        name = thing.name  # type: ignore[attr-defined]
+        if name in found:
+            first = sources[kind, name]
+            raise PluginConflict(
+                f"{kind} {name!r} is offered by {first.distribution} {first.version}"
+                f" and by {source.distribution} {source.version}; uninstall one of them"
+            )
+        found[name] = thing
+        sources[kind, name] = source
 
     for point in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda p: (_first(p), p.name)):
         source = Source(_distribution(point), point.dist.version if point.dist else "", point.value)
         try:
-            hooks = _hooks_of(point.load())
-            hooks.attnscope_register_analysers(register=collector("analyser", analysers, source))
-            hooks.attnscope_register_families(register=collector("family", families, source))
-        except PluginConflict:
-            raise
+            offered = _offered_by(point.load())
         except Exception as error:
             problems.append(f"plugin {point.name!r} of {source.distribution} {source.version} failed to load: {error}")
+            continue
+        for kind, thing in offered:
+            add(kind, analysers if kind == "analyser" else families, thing, source)
     for problem in problems:
         warnings.warn(problem, RuntimeWarning, stacklevel=2)
     return Plugins(analysers, families, sources, tuple(problems))
+
+
+def _offered_by(module: ModuleType) -> list[tuple[str, object]]:
+    """What a module registers, as ('analyser' | 'family', thing); all of it or, when anything fails, nothing."""
+    offered: list[tuple[str, object]] = []
+
+    def collector(kind: str) -> Callable[[object], None]:
+        def register(thing: object) -> None:
+            name = getattr(thing, "name", None)
+            if not isinstance(name, str) or not name:
+                raise TypeError(f"{kind} {thing!r} has no name")
+            offered.append((kind, thing))
+
+        return register
+
+    hooks = _hooks_of(module)
+    hooks.attnscope_register_analysers(register=collector("analyser"))
+    hooks.attnscope_register_families(register=collector("family"))
+    return offered
 
 
 def _hooks_of(module: ModuleType) -> pluggy.HookRelay:
