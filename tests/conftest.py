@@ -1,4 +1,4 @@
-"""What every test runs under: no hub, one thread of torch, a quiet Prefect with a home of its own."""
+"""What every test runs under: no hub, one thread of torch, a quiet Prefect, nothing written into the user's home."""
 
 import atexit
 import os
@@ -8,16 +8,17 @@ import tempfile
 import pytest
 
 # Before any test module imports torch, transformers or prefect: they read these when they are imported.
-_prefect_home = tempfile.mkdtemp(prefix="attnscope-prefect-")
-atexit.register(shutil.rmtree, _prefect_home, ignore_errors=True)
+_home = tempfile.mkdtemp(prefix="attnscope-tests-")
+atexit.register(shutil.rmtree, _home, ignore_errors=True)
 os.environ.update(
+    ATTNSCOPE_CACHE=f"{_home}/cache",
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     DO_NOT_TRACK="1",
     # One thread gives the same bits every time, and two pytest processes share two cores.
     OMP_NUM_THREADS="1",
     MPLBACKEND="agg",
-    PREFECT_HOME=_prefect_home,
+    PREFECT_HOME=f"{_home}/prefect",
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
     # The first start makes the database: 20 to 50 seconds on a busy machine, beyond Prefect's own limit.
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="180",
