@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -84,14 +84,6 @@ DEFAULT_CHOICES = (AnalyserChoice(name="qk_svd"), AnalyserChoice(name="relevance
 """What a study runs when no analyser is named."""
 
 
-class Extract(Protocol):
-    """The extraction stage, as `extract_run` or a task around it."""
-
-    def __call__(
-        self, model: str, samples: str, out: str, analysers: Sequence[AnalyserChoice], options: ExtractOptions
-    ) -> Receipt: ...
-
-
 def extract_run(
     model: str,
     samples: str,
@@ -141,7 +133,7 @@ def study(
     analysers: Sequence[AnalyserChoice] = DEFAULT_CHOICES,
     options: ExtractOptions | None = None,
     *,
-    extract: Extract = extract_run,
+    extract: Callable[[str, str, str, list[AnalyserChoice], ExtractOptions], Receipt] = extract_run,
     analyse: Callable[[str, AnalyserChoice], Receipt] = analyse_run,
     report: Callable[[str, str], Receipt] = write_report,
 ) -> Receipt:
@@ -153,7 +145,7 @@ def study(
     check_agreement([choice.make() for choice in analysers])
     _check_folder(out)
     run, page = join(out, RUN_NAME), join(out, REPORT_NAME)
-    extracted = extract(model, samples, run, analysers, options or ExtractOptions())
+    extracted = extract(model, samples, run, list(analysers), options or ExtractOptions())
     failures: list[Exception] = []
     for choice in analysers:
         try:

@@ -1,0 +1,76 @@
+"""The command line: parse, call, print.
+
+Nothing heavy is imported before a command needs it: `attnscope query` loads neither torch, transformers, prefect nor
+matplotlib.
+"""
+
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING, TextIO
+
+import click
+
+from attnscope import __version__
+from attnscope.cli import errors, query, runs, studies
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class CommandLine(click.Group):
+    """The group of all commands; whatever goes wrong becomes one sentence on stderr and an exit code."""
+
+    def main(  # type: ignore[override]
+        self, args: "Sequence[str] | None" = None, prog_name: str | None = None, **extra: object
+    ) -> None:
+        """Run a command and exit; click's own modes of failing are not used."""
+        extra["standalone_mode"] = False
+        warnings.showwarning = _show_warning
+        # What matters is told in our own words; a warning of theirs about ours helps nobody.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        try:
+            code = super().main(args, prog_name, **extra)  # type: ignore[call-overload]
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read our output has seen enough; keep Python from saying so when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
+        except (Exception, KeyboardInterrupt) as error:
+            if errors.wants_traceback():
+                raise
+            code, sentence = errors.explain(error)
+            click.echo(f"attnscope: {sentence}", err=True)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    click.echo(f"attnscope: note: {' '.join(str(message).split())}", err=True)
+
+
+@click.group(cls=CommandLine, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="attnscope", message="%(prog)s %(version)s")
+@click.option(
+    "--traceback",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=errors.ask_for_traceback,
+    help="Show where an error arose; so does ATTNSCOPE_TRACEBACK=1 in the environment.",
+)
+def main() -> None:
+    """Store what transformers attend to, and ask it questions.
+
+    Exit codes: 0 done; 1 the data is at fault; 2 the command is; 130 interrupted.
+    """
+
+
+for command in (*studies.COMMANDS, query.query, *runs.COMMANDS):
+    main.add_command(command)

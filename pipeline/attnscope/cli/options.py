@@ -1,0 +1,108 @@
+"""Options that several commands share, and what their values mean."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+    from attnscope.study import AnalyserChoice
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+
+class Target(click.ParamType):
+    """A class number, or the name of a target."""
+
+    name = "target"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """Digits as a number, all else as text."""
+        text = str(value)
+        return int(text) if text.isdecimal() else text
+
+
+def extract_options(command: Command) -> Command:
+    """The options of everything that extracts; they come as keyword arguments named as in ExtractOptions."""
+    declared = [
+        click.option(
+            "--target", type=Target(), help="Take gradients of this: a class number, predicted, cls_norm, ..."
+        ),
+        click.option("--encoding", type=click.Choice(["float16", "exact"]), help="How attention is stored."),
+        click.option(
+            "--form", type=click.Choice(["auto", "dense", "factored"]), help="Attention itself, or query and key."
+        ),
+        click.option("--device", help="Where the model runs: cpu, cuda, cuda:1; a GPU if there is one."),
+        click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the model."),
+        click.option("--batch-size", type=click.IntRange(min=1), help="Samples that the model sees at once."),
+        click.option("--attn-implementation", help="Attention kernel of transformers: sdpa, eager, ..."),
+        click.option("--revision", help="Branch, tag or commit of the model on its hub."),
+        click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+        click.option("--limit", type=click.IntRange(min=1), help="Use only the first N samples.", metavar="N"),
+    ]
+    for option in reversed(declared):
+        command = option(command)
+    return command
+
+
+def option_assignments(command: Command) -> Command:
+    """`--option NAME=VALUE`, as often as wanted."""
+    return click.option(
+        "--option",
+        "assignments",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Option of an analyser; ANALYSER.NAME=VALUE where several have it. Values are JSON where they parse.",
+    )(command)
+
+
+def choices_from(names: Iterable[str], assignments: Sequence[str]) -> "list[AnalyserChoice]":
+    """The named analysers with the options that are assigned to them."""
+    from attnscope.analysis import make_analyser
+    from attnscope.study import AnalyserChoice
+
+    made = {analyser.name: analyser for analyser in (make_analyser(name) for name in names)}
+    known = {name: [field.name for field in dataclasses.fields(made[name])] for name in made}  # type: ignore[arg-type]
+    options: dict[str, dict[str, JsonValue]] = {name: {} for name in made}
+    for assignment in assignments:
+        name, option, value = _parsed(assignment)
+        options[_owner(name, option, known)][option] = value
+    choices = [AnalyserChoice(name=name, options=options[name]) for name in made]
+    for choice in choices:
+        choice.make()
+    return choices
+
+
+def _parsed(assignment: str) -> "tuple[str, str, JsonValue]":
+    left, equals, text = assignment.partition("=")
+    if not equals or not left.strip():
+        raise click.UsageError(f"--option {assignment!r} is not NAME=VALUE")
+    name, _, option = left.strip().rpartition(".")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    return name.replace("-", "_"), option.replace("-", "_"), value
+
+
+def _owner(name: str, option: str, known: dict[str, list[str]]) -> str:
+    """The analyser that an option is meant for."""
+    if name:
+        if name not in known:
+            raise click.UsageError(f"--option {name}.{option}: {name!r} is not among the analysers {_listed(known)}")
+        return name
+    owners = [analyser for analyser, options in known.items() if option in options]
+    if len(owners) > 1:
+        raise click.UsageError(f"--option {option}: {_listed(owners)} have it, say which: {owners[0]}.{option}=...")
+    if not owners:
+        told = "; ".join(f"{analyser} has {_listed(options)}" for analyser, options in known.items())
+        raise click.UsageError(f"no analyser has an option {option!r}: {told or 'none is named'}")
+    return owners[0]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"

@@ -1,0 +1,214 @@
+"""`attnscope demo`, `extract`, `analyse`, `report` and `study`: from a model to a report."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from attnscope.cli.errors import DataFault
+from attnscope.cli.options import choices_from, extract_options, option_assignments
+from attnscope.cli.progress import progress_line
+
+if TYPE_CHECKING:
+    from attnscope.study import AnalyserChoice, ExtractOptions, Receipt
+
+DEMO_MODEL, DEMO_SAMPLES = "embedded:dinov2-small", "embedded:photographs"
+DEMO_QUERY = "vision.self --sample {sample} --layer 11 --query cls --key image --mean head --top 10"
+_ENGINE = click.option(
+    "--engine",
+    type=click.Choice(["prefect", "inline"]),
+    help="prefect (if it is installed): as a flow run; inline: the same functions without it.",
+)
+_FOLDER = click.Path(file_okay=False)
+
+
+@click.command()
+@click.option("--out", default="demo-out", show_default=True, type=_FOLDER, help="Folder for the run and the report.")
+@_ENGINE
+def demo(out: str, engine: str | None) -> None:
+    """Run a study on weights and photographs that installed packages carry.
+
+    A vision transformer looks at photographs; the singular modes of its query-key interaction and the relevance of
+    its patches go into a report. No model hub is needed.
+    """
+    from attnscope.study import DEFAULT_CHOICES, RUN_NAME, ExtractOptions, join
+
+    done = _study(DEMO_MODEL, DEMO_SAMPLES, out, DEFAULT_CHOICES, ExtractOptions(), engine)
+    _tell_study(done)
+    run = join(out, RUN_NAME)
+    click.echo(f"try:     attnscope query {run} {DEMO_QUERY.format(sample=_first_sample(run))}")
+
+
+@click.command()
+@click.argument("model")
+@click.argument("samples")
+@click.option("--out", required=True, help="Where the run goes: a folder, such as run.zarr, or a URL.")
+@click.option("--for", "names", multiple=True, metavar="ANALYSER", help="Record what this analyser needs; repeatable.")
+@option_assignments
+@extract_options
+def extract(
+    model: str, samples: str, out: str, names: Sequence[str], assignments: Sequence[str], **options: object
+) -> None:
+    """Record what MODEL attends to in SAMPLES.
+
+    MODEL is a hub name, a folder with safetensors, or embedded:NAME. SAMPLES is a folder of images, a JSONL, CSV or
+    Parquet file, or embedded:NAME. The same command again does only what is missing.
+    """
+    from attnscope.study import ExtractOptions, extract_run
+
+    choices = choices_from(names, assignments)
+    with progress_line() as line:
+        done = _blaming_samples(
+            samples,
+            lambda: extract_run(model, samples, out, choices, ExtractOptions(**options), listener=line),  # type: ignore[arg-type]
+        )
+    _tell_extracted(done)
+
+
+@click.command()
+@click.argument("run")
+@click.argument("names", metavar="[ANALYSER]...", nargs=-1)
+@option_assignments
+def analyse(run: str, names: Sequence[str], assignments: Sequence[str]) -> None:
+    """Run analysers on a run and save what they give in it.
+
+    Without an ANALYSER, all those whose needs the run meets.
+    """
+    from attnscope.run import open_run
+    from attnscope.study import analyse_run, fitting_analysers
+
+    opened = open_run(run)
+    names = names or [choice.name for choice in fitting_analysers(opened)]
+    if not names:
+        raise click.UsageError(f"{run} meets the needs of no installed analyser; extract with --for ANALYSER")
+    for choice in choices_from(names, assignments):
+        _tell_analysed(analyse_run(run, choice))
+
+
+@click.command()
+@click.argument("run")
+@click.option("--out", help="The HTML file; report.html beside the run if not given.", type=click.Path(dir_okay=False))
+def report(run: str, out: str | None) -> None:
+    """Write a report of all analyses of a run as one HTML file."""
+    from attnscope.run import open_run
+    from attnscope.stores import is_url
+    from attnscope.study import REPORT_NAME, write_report
+
+    open_run(run)
+    page = out or (REPORT_NAME if is_url(run) else str(Path(run).resolve().parent / REPORT_NAME))
+    done = write_report(run, page)
+    if not done["analyses"]:
+        click.echo(f"attnscope: note: {run} holds no analyses yet; run: attnscope analyse {run}", err=True)
+    click.echo(f"report:  {page}")
+
+
+@click.command()
+@click.argument("model")
+@click.argument("samples")
+@click.option("--out", required=True, type=_FOLDER, help="Folder for the run and the report.")
+@click.option("--analyser", "names", multiple=True, metavar="ANALYSER", help="Run this analyser; repeatable.")
+@option_assignments
+@_ENGINE
+@extract_options
+def study(
+    model: str,
+    samples: str,
+    out: str,
+    names: Sequence[str],
+    assignments: Sequence[str],
+    engine: str | None,
+    **options: object,
+) -> None:
+    """Extract, analyse and report in one.
+
+    Writes run.zarr and report.html into a folder. Without --analyser: qk_svd and relevance.
+    """
+    from attnscope.study import DEFAULT_CHOICES, ExtractOptions
+
+    choices = choices_from(names or [choice.name for choice in DEFAULT_CHOICES], assignments)
+    done = _study(model, samples, out, choices, ExtractOptions(**options), engine)  # type: ignore[arg-type]
+    _tell_study(done)
+
+
+def _study(
+    model: str,
+    samples: str,
+    out: str,
+    choices: "Sequence[AnalyserChoice]",
+    options: "ExtractOptions",
+    engine: str | None,
+) -> "Receipt":
+    """Run the study with Prefect if it is there and wanted, else inline."""
+    if (engine or _default_engine()) == "inline":
+        return _inline_study(model, samples, out, choices, options)
+    from attnscope_flows import embedded
+
+    with progress_line() as line, embedded(line):
+        from attnscope_flows.study import study_flow
+
+        return _blaming_samples(samples, lambda: study_flow(model, samples, out, list(choices), options))
+
+
+def _inline_study(
+    model: str, samples: str, out: str, choices: "Sequence[AnalyserChoice]", options: "ExtractOptions"
+) -> "Receipt":
+    from functools import partial
+
+    from attnscope.study import extract_run, study
+
+    with progress_line() as line:
+        extract = partial(extract_run, listener=line)
+        return _blaming_samples(samples, lambda: study(model, samples, out, choices, options, extract=extract))
+
+
+def _default_engine() -> str:
+    from importlib.util import find_spec
+
+    return "prefect" if find_spec("prefect") else "inline"
+
+
+def _blaming_samples(samples: str, call: "Callable[[], Receipt]") -> "Receipt":
+    """Call; samples that are not there at all are a fault of the command, not of the data."""
+    from attnscope.samples import SampleError
+
+    try:
+        return call()
+    except SampleError as error:
+        if Path(samples).exists():
+            raise
+        raise click.ClickException(str(error)) from None
+
+
+def _tell_extracted(done: "Receipt") -> None:
+    words = [f"{done['extracted']} of {done['samples']} samples extracted"]
+    if done["left_out"]:
+        words.append(f"{done['left_out']} left out")
+    click.echo(f"run:     {done['run']} ({', '.join(words)})")
+    reasons = done["reasons"]
+    assert isinstance(reasons, dict)
+    for name, reason in reasons.items():
+        click.echo(f"         left out {name!r}: {reason}")
+    if not done["extracted"]:
+        raise DataFault(f"none of the {done['samples']} samples could be used")
+
+
+def _tell_analysed(done: "Receipt") -> None:
+    variables = done["variables"]
+    assert isinstance(variables, list)
+    click.echo(f"{done['analyser']}: {', '.join(map(str, variables))} saved in {done['run']}")
+
+
+def _tell_study(done: "Receipt") -> None:
+    _tell_extracted(done)
+    click.echo(f"report:  {done['report']}")
+
+
+def _first_sample(run: str) -> str:
+    from attnscope.run import EXTRACTED, open_run
+
+    opened = open_run(run)
+    return opened.sample_ids[int((opened.status == EXTRACTED).argmax())]
+
+
+COMMANDS = (demo, extract, analyse, report, study)
