@@ -315,14 +315,9 @@ class Section:
     title: str
     elements: Iterable[Element] = field(compare=False)
 
-    @property
-    def anchor(self) -> str:
-        """What a link to the section names."""
-        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-") or "section"
-
     def html(self) -> str:
         parts = "\n".join(self._parts())
-        return f'<section id="{self.anchor}">\n<h2>{_escape(self.title)}</h2>\n{parts}\n</section>'
+        return f"<h2>{_escape(self.title)}</h2>\n{parts}"
 
     def _parts(self) -> Iterator[str]:
         try:
@@ -336,9 +331,9 @@ class Section:
 
 def render_page(title: str, summary: Iterable[Element], sections: Iterable[Section], footer: str = "") -> str:
     """One HTML page: what it is about, then the sections; a broken section is named in its place and in a warning."""
-    sections = list(sections)
+    anchored = [(f"{_slug(s.title)}-{number}", s) for number, s in enumerate(sections, start=1)]
     style = importlib.resources.files(__package__).joinpath("report.css").read_text("utf-8")
-    links = "".join(f'<li><a href="#{s.anchor}">{_escape(s.title)}</a></li>' for s in sections)
+    links = "".join(f'<li><a href="#{anchor}">{_escape(s.title)}</a></li>' for anchor, s in anchored)
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -349,7 +344,7 @@ def render_page(title: str, summary: Iterable[Element], sections: Iterable[Secti
             f"<body>\n<header><h1>{_escape(title)}</h1>",
             *(element.html() for element in summary),
             f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>\n<main>',
-            *(section.html() for section in sections),
+            *(f'<section id="{anchor}">\n{section.html()}\n</section>' for anchor, section in anchored),
             f"</main>\n<footer>{_escape(footer)}</footer>\n</body></html>\n",
         ]
     )
@@ -449,6 +444,10 @@ def _text(value: object) -> str:
         return str(value)
     number = float(value)
     return f"{number:.4g}" if math.isfinite(number) else "not defined"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "section"
 
 
 def _escape(text: object) -> str:

@@ -10,14 +10,14 @@ def bootstrap_interval(
 
     `values` is (sample, ...), each bound (...). Missing values are NaN: they are drawn like others and then left out
     of the mean, so each column may miss different samples. The same samples are drawn for all columns, which keeps
-    what is paired paired. Memory doesn't grow with the number of draws times the number of samples.
+    what is paired paired.
 
     References
     ----------
     Efron, B. and Tibshirani, R. (1993). An Introduction to the Bootstrap, section 13.3.
     """
     values = np.asarray(values, float)
-    flat = values.reshape(len(values), -1)
+    flat = values.reshape(len(values), int(np.prod(values.shape[1:])))
     present = np.isfinite(flat)
     filled = np.where(present, flat, 0.0)
     generator = np.random.default_rng(seed)
