@@ -24,14 +24,15 @@ HEAVY = ("PIL", "matplotlib", "prefect", "safetensors", "torch", "transformers")
 # alone is free.
 CORE = ("quantities", "tokens", "samples", "stores", "attention_array", "selection", "run", "checking")
 ANALYSIS = ("statistics", "report", "plugins", "analysis", "rendering", "testing")
-MODEL_LINE = ("recording", "embedded", "families", "loading", "writing", "planning", "extraction", "study")
-ORDER = (*CORE, *ANALYSIS, *MODEL_LINE, "cli")
+EMBEDDED = ("embedded",)
+MODEL_LINE = ("recording", "families", "loading", "recipes", "writing", "planning", "capturing", "extraction")
+ORDER = (*CORE, *ANALYSIS, *EMBEDDED, *MODEL_LINE, "study", "cli")
 
 # Heavy modules, and who may import them at run time.
 ALLOWED = {
-    "torch": {"recording", "loading", "families", "writing", "planning", "extraction"},
-    "transformers": {"recording", "loading", "families", "extraction"},
-    "safetensors": {"embedded", "loading", "families"},
+    "torch": set(MODEL_LINE),
+    "transformers": set(MODEL_LINE),
+    "safetensors": {*EMBEDDED, *MODEL_LINE},
     "matplotlib": {"report"},
     "prefect": set(),
 }
