@@ -7,7 +7,8 @@ rows without a valid key come back as NaN.
 
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import xarray as xr
@@ -16,6 +17,9 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from attnscope.tokens import KIND_CODES
+
+if TYPE_CHECKING:
+    from attnscope.run import Recipe
 
 DIMS = ("sample", "layer", "head", "query_token", "key_token")
 _TILE_BYTES = 2**26
@@ -26,7 +30,9 @@ _HALF_TO_FLOAT = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.fl
 
 
 def to_float32(values: np.ndarray) -> np.ndarray:
-    """Half or single precision as float32; a table look-up, several times faster than numpy's own cast of halves."""
+    """Any stored precision as float32: bfloat16 from its bits, half by a table, several times faster than numpy's cast."""
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
     if values.dtype == np.float16:
         return _HALF_TO_FLOAT[values.view(np.uint16)]
     return values.astype(np.float32, copy=False)
@@ -49,6 +55,73 @@ class DenseTiles:
 
     def read(self, tile: Tile) -> np.ndarray:
         return to_float32(np.asarray(self._array[tile]))
+
+
+class FactoredTiles:
+    """Tiles computed from stored query, key and log-sum-exp: exp(score - log_sum_exp) where the rules allow it."""
+
+    def __init__(self, arrays: "Mapping[str, zarr.Array]", recipes: "Sequence[Recipe]") -> None:
+        self._arrays = arrays
+        self._recipes = recipes
+        samples, layers, heads, queries, _ = arrays["query"].shape
+        self.shape = (samples, layers, heads, queries, arrays["key"].shape[3])
+
+    def read(self, tile: Tile) -> np.ndarray:
+        samples, layers, heads, queries, keys = tile
+        groups = self.shape[2] // self._arrays["key"].shape[2]
+        key_heads = slice(heads.start // groups, (heads.stop - 1) // groups + 1)
+        query = to_float32(self._values("query", (samples, layers, heads, queries)))
+        key = to_float32(self._values("key", (samples, layers, key_heads, keys)))
+        shared = np.arange(heads.start, heads.stop) // groups - key_heads.start
+        scores = query @ key[:, :, shared].swapaxes(-1, -2)
+        for position, layer in enumerate(range(layers.start, layers.stop)):
+            _apply_scale(scores[:, position], self._recipes[layer])
+        allowed = self._allowed(samples, layers, queries, keys)
+        if not allowed.all():
+            scores[np.broadcast_to(~allowed[:, :, None], scores.shape)] = -np.inf
+        total = self._values("log_sum_exp", (samples, layers, heads, queries))
+        # A row without a valid key has the sum -inf; it is hidden from every reader, and must not make NaN noisily.
+        scores -= np.where(np.isneginf(total), 0, total)[..., None]
+        return np.exp(scores, out=scores)
+
+    def _values(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return np.asarray(self._arrays[name][index])
+
+    def _allowed(self, samples: slice, layers: slice, queries: slice, keys: slice) -> np.ndarray:
+        """Which query may attend to which key: (sample, layer, query_token, key_token)."""
+        allowed = self._values("mask", (samples, layers, queries, keys))
+        allowed &= self._values("key_valid", (samples, layers, keys))[:, :, None]
+        causal = self._values("causal", (samples, layers))
+        for position, layer in enumerate(range(layers.start, layers.stop)):
+            recipe = self._recipes[layer]
+            place = np.arange(queries.start, queries.stop)[:, None] + recipe.causal_offset
+            distance = place - np.arange(keys.start, keys.stop)[None]
+            allowed[:, position] &= ~causal[:, position, None, None] | (distance >= 0)
+            if recipe.window is not None:
+                allowed[:, position] &= np.abs(distance) < recipe.window
+        return allowed
+
+
+def _apply_scale(scores: np.ndarray, recipe: "Recipe") -> None:
+    scores *= np.float32(recipe.scale)
+    if recipe.softcap is not None:
+        scores /= np.float32(recipe.softcap)
+        np.tanh(scores, out=scores)
+        scores *= np.float32(recipe.softcap)
+
+
+class DecodedArray(BackendArray):
+    """A stored array of another encoding as lazily decoded float32."""
+
+    def __init__(self, array: zarr.Array) -> None:
+        self._array = array
+        self.shape = array.shape
+        self.dtype = np.dtype(np.float32)
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
+        return indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.OUTER, lambda k: to_float32(np.asarray(self._array.oindex[k]))
+        )
 
 
 class AttentionArray(BackendArray):

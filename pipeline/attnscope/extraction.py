@@ -16,13 +16,13 @@ import torch
 from zarr.abc.store import Store
 
 from attnscope.analysis import requirements
+from attnscope.capturing import Places, Taker
 from attnscope.families import Inputs
 from attnscope.families.layouts import patch_tokens, text_tokens
 from attnscope.loading import LoadedModel, load_model
 from attnscope.planning import (
     Prepared,
     RecordingError,
-    check_rows,
     check_space,
     forecast_bytes,
     plan_run,
@@ -35,7 +35,7 @@ from attnscope.recording import AttentionCall, recording
 from attnscope.run import EXTRACTED, LEFT_OUT, THUMBNAIL_PIXELS, Run, RunError, open_run
 from attnscope.samples import Sample, SampleError, read_samples, unique_ids
 from attnscope.tokens import TokenLayout, unknown_layout
-from attnscope.writing import BlockBuffer, BlockWriter, TokenBuffer, head_tiles
+from attnscope.writing import BlockBuffer, BlockWriter, TokenBuffer
 
 if TYPE_CHECKING:
     from attnscope.analysis import Analyser
@@ -81,8 +81,7 @@ class _Job:
     ready: Sequence[Inputs] | None
     batch_size: int
     writer: BlockWriter
-    places: Mapping[tuple[str, int], tuple[str, int]]
-    ignored: frozenset[tuple[str, int]]
+    places: Places
 
 
 def extract(
@@ -218,7 +217,7 @@ def _open_or_create(
     inputs = _probe_inputs(loaded, prepared, ready)
     calls = probe(loaded, inputs)
     thumbnails = ready is None and any(s.image is not None for s in prepared.samples)
-    plan = plan_run(calls, spec, len(prepared.samples), batch_size, thumbnails)
+    plan = plan_run(calls, spec, prepared, batch_size, thumbnails)
     forecast = forecast_bytes(calls, plan, spec, len(prepared.samples))
     report("plan", message=f"the run will take about {_megabytes(forecast)}")
     check_space(forecast, out)
@@ -242,7 +241,9 @@ def _existing(out: str | Path | Store | None) -> Run | None:
 
 def _check_same(run: Run, spec: ExtractSpec, prepared: Prepared, digest: str) -> None:
     if run.attrs.get("weights_digest") != digest:
-        raise RunError(f"{run.location} was extracted from other weights ({run.attrs.get('model')}); choose another place")
+        raise RunError(
+            f"{run.location} was extracted from other weights ({run.attrs.get('model')}); choose another place"
+        )
     if run.spec != spec:
         run.require(spec)
     if run.sample_ids != [s.id for s in prepared.samples]:
@@ -311,14 +312,12 @@ def _extract_blocks(
     missing = run.missing()
     status = run.status
     report.already(int((status != 0).sum()), int((status == LEFT_OUT).sum()))
+    places = Places.of(run, spec)
     size = batch_size or min(run.plan.unit, _BATCH_LIMIT)
-    places = {
-        (module, number): (name, position)
-        for name, site in run.plan.sites.items()
-        for position, (module, number) in enumerate(zip(site.modules, site.call_numbers, strict=True))
-    }
+    if places.one_by_one and loaded.family.fold is None:
+        size = 1
     writer = BlockWriter()
-    job = _Job(loaded, run, spec, prepared, ready, size, writer, places, frozenset())
+    job = _Job(loaded, run, spec, prepared, ready, size, writer, places)
     try:
         for block in missing:
             if deadline is not None and report.seconds > deadline:
@@ -351,7 +350,9 @@ def _extract_block(job: _Job, block: range) -> tuple[int, int]:
             if job.run.plan.thumbnails:
                 pictures[batch_rows] = _thumbnails(job, block, batch_rows, inputs)
     if rows and (unfinished := buffer.unfinished()):
-        raise RecordingError(f"the model did not run {unfinished[0]} for every sample; its calls differ between batches")
+        raise RecordingError(
+            f"the model did not run {unfinished[0]} for every sample; its calls differ between batches"
+        )
     _write_rest(job, block, tokens, scores, pictures, problems)
     return len(problems), buffer.bytes
 
@@ -428,23 +429,25 @@ def _collated(rows: Sequence[Inputs]) -> Inputs:
 
 def _run_batch(job: _Job, buffer: BlockBuffer, rows: list[int], inputs: Inputs) -> np.ndarray | None:
     """Forward one batch, and backward where gradients are wanted; every call goes into the buffer."""
-    take = _Taker(job, buffer, rows)
+    loaded, family, target = job.loaded, job.loaded.family, job.spec.target
+    take = Taker(loaded, job.run, job.places, buffer, (rows, inputs))
     if not job.spec.needs_gradient:
-        with torch.no_grad(), recording(job.loaded.model, on_call=take):
-            outputs = run_model(job.loaded, inputs)
-        if "score" not in job.spec.quantities:
-            return None
-        return job.loaded.family.score(outputs, job.spec.target, inputs, job.loaded).float().cpu().numpy()
-    with torch.enable_grad(), _graph_from_inputs(job.loaded.model, inputs) as leaves:
-        with recording(job.loaded.model) as recorded:
-            outputs = run_model(job.loaded, leaves)
-        score = job.loaded.family.score(outputs, job.spec.target, inputs, job.loaded)
-        calls = [c for c in recorded if (c.module, c.number) in job.places]
-        gradients = _output_gradients(score, calls)
-    del outputs
-    for i, (call, gradient) in enumerate(zip(calls, gradients, strict=True)):
-        take(call, gradient)
-        calls[i] = None  # type: ignore[call-overload]
+        with torch.no_grad(), recording(loaded.model, on_call=take):
+            outputs = run_model(loaded, inputs)
+        take.finish()
+        wanted = "score" in job.spec.quantities
+        return family.score(outputs, target, inputs, loaded).float().cpu().numpy() if wanted else None
+    with torch.enable_grad(), _graph_from_inputs(loaded.model, inputs) as leaves:
+        with recording(loaded.model) as recorded:
+            outputs = run_model(loaded, leaves)
+        score = family.score(outputs, target, inputs, loaded)
+        calls: list[AttentionCall | None] = [c for c in recorded if job.places.find(c) is not None]
+        gradients = _output_gradients(score, [c for c in calls if c is not None])
+    del outputs, recorded
+    for i, gradient in enumerate(gradients):
+        take(calls[i], gradient)  # type: ignore[arg-type]
+        calls[i] = None
+    take.finish()
     return score.detach().float().cpu().numpy()
 
 
@@ -455,73 +458,6 @@ def _output_gradients(score: torch.Tensor, calls: Sequence[AttentionCall]) -> li
     dependent = [c.output for c in calls if c.output is not None and c.output.requires_grad]
     found = iter(torch.autograd.grad(score.sum(), dependent, allow_unused=True) if dependent else ())
     return [next(found) if c.output is not None and c.output.requires_grad else None for c in calls]
-
-
-class _Taker:
-    """Turns each recorded call of one batch into the wanted quantities and puts them into the block's buffer."""
-
-    def __init__(self, job: _Job, buffer: BlockBuffer, rows: list[int]) -> None:
-        self._job = job
-        self._buffer = buffer
-        self._rows = rows
-
-    def __call__(self, call: AttentionCall, gradient: torch.Tensor | None = None) -> None:
-        place = self._job.places.get((call.module, call.number))
-        if place is None:
-            return
-        if call.shape[0] != len(self._rows):
-            raise RecordingError(
-                f"module {call.module!r} attends over a batch of {call.shape[0]} for {len(self._rows)} samples,"
-                f" which family {self._job.loaded.family.name!r} can't assign to them"
-            )
-        for name, values in call_quantities(call, gradient, self._job.spec).items():
-            self._buffer.put(*self._named(place, name), self._rows, values)
-
-    @staticmethod
-    def _named(place: tuple[str, int], name: str) -> tuple[str, str, int]:
-        return place[0], name, place[1]
-
-
-def call_quantities(
-    call: AttentionCall, gradient: torch.Tensor | None, spec: ExtractSpec
-) -> dict[str, np.ndarray]:
-    """The stored quantities of one call: (batch, ...) arrays by name, reduced over heads tile by tile.
-
-    `gradient` is the derivative of the score by the call's output, (batch, query_token, head, value_channel); None
-    counts as zero.
-    """
-    wanted = spec.quantities
-    full: dict[str, list[np.ndarray]] = {}
-    sums: dict[str, torch.Tensor] = {}
-    for heads in head_tiles(call):
-        attention = call.attention(heads=heads)
-        check_rows(attention, call)
-        slope = None
-        if spec.needs_gradient:
-            slope = torch.zeros_like(attention) if gradient is None else call.attention_gradient(gradient, heads=heads)
-        if "attention" in wanted:
-            stored = attention.half() if spec.encoding == "float16" else attention
-            full.setdefault("attention", []).append(stored.cpu().numpy())
-        if "attention_grad" in wanted and slope is not None:
-            full.setdefault("attention_grad", []).append(slope.cpu().numpy())
-        if "attention_mean" in wanted:
-            _accumulate(sums, "attention_mean", attention.sum(dim=1))
-        if "attention_relevance" in wanted and slope is not None:
-            _accumulate(sums, "attention_relevance", (attention * slope).clamp(min=0).sum(dim=1))
-    found = {name: np.concatenate(parts, axis=1) for name, parts in full.items()}
-    found |= {name: (total / call.shape[1]).cpu().numpy() for name, total in sums.items()}
-    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
-        if name in wanted and tensor is not None:
-            found[name] = tensor.detach().float().cpu().numpy()
-    if "log_sum_exp" in wanted and call.query is not None:
-        found["log_sum_exp"] = call.log_sum_exp().cpu().numpy()
-    batch, heads, queries, _ = call.shape
-    found["query_valid"] = call.row_valid().expand(batch, heads, queries).any(dim=1).cpu().numpy()
-    return found
-
-
-def _accumulate(sums: dict[str, torch.Tensor], name: str, part: torch.Tensor) -> None:
-    sums[name] = sums[name] + part if name in sums else part
 
 
 def _layouts(job: _Job, inputs: Inputs) -> dict[str, TokenLayout]:

@@ -1,24 +1,25 @@
 """Before the first block: what the samples are like, what the model's attention is like, and how large a run gets."""
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from attnscope.families import Inputs, Placement
-from attnscope.families.encoding import text_length
+from attnscope.families import Fold, Inputs, Placement
 from attnscope.loading import LoadedModel, ModelError
 from attnscope.quantities import ExtractSpec
+from attnscope.recipes import DTYPES, recipe_of
 from attnscope.recording import AttentionCall, recording
-from attnscope.run import RunPlan, SitePlan, unit_for
+from attnscope.run import Recipe, RunPlan, SitePlan, unit_for
 from attnscope.samples import Sample, SampleError
 from attnscope.stores import StoreError, is_url
 from attnscope.writing import encoded_attention
 
 _ROW_SUM_TOLERANCE = 2e-3
+_FACTORED_FROM = 512
 # Largest difference between attention times value and what the kernel returned, in units of the largest value.
 _OUTPUT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
@@ -29,16 +30,21 @@ class RecordingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Prepared:
-    """The samples of a run, the text length of each in tokens, and what is wrong with those that are left out."""
+    """The samples of a run, the tokens of each, the most of each stream, and what is wrong with those left out."""
 
     samples: Sequence[Sample]
     lengths: np.ndarray
     problems: dict[int, str]
+    longest: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ProbedCall:
-    """What one attention call looked like: its role and its sizes."""
+    """What one attention call looked like: its role, its sizes, and how it can be computed again.
+
+    `number` is -1 where all calls of the module make one layer together; then, and where the batch of the call wasn't
+    the batch of samples, it is `folded`.
+    """
 
     module: str
     number: int
@@ -52,27 +58,34 @@ class ProbedCall:
     channels: int
     value_channels: int
     compressed_bytes: int
+    folded: bool
+    has_fold: bool
+    dtype: str
+    recipe: Recipe | None
 
     @property
     def shape_class(self) -> tuple[object, ...]:
         """Calls of one site share these."""
         sizes = (self.heads, self.kv_heads, self.queries, self.keys, self.channels, self.value_channels)
-        return (self.placement.site, self.placement.guessed, *sizes)
+        return (self.placement.site, self.placement.guessed, self.folded, self.dtype, *sizes)
 
 
 def prepare(samples: Sequence[Sample], loaded: LoadedModel) -> Prepared:
-    """Measure every text; samples with a problem of their own, or whose text the model can't take, are left out."""
+    """Measure every sample; those with a problem of their own, or that the model can't take, are left out."""
     lengths = np.zeros(len(samples), np.int64)
     problems = {i: s.problem for i, s in enumerate(samples) if s.problem}
-    if loaded.tokenizer is not None:
-        for i, sample in enumerate(samples):
-            if i in problems:
-                continue
-            try:
-                lengths[i] = text_length(sample, loaded)
-            except SampleError as error:
-                problems[i] = str(error)
-    return Prepared(samples, lengths, problems)
+    longest: dict[str, int] = {}
+    for i, sample in enumerate(samples):
+        if i in problems:
+            continue
+        try:
+            measured = loaded.family.measure(sample, loaded)
+        except SampleError as error:
+            problems[i] = str(error)
+            continue
+        lengths[i] = sum(measured.values())
+        longest |= {stream: max(tokens, longest.get(stream, 0)) for stream, tokens in measured.items()}
+    return Prepared(samples, lengths, problems, longest)
 
 
 def run_model(loaded: LoadedModel, inputs: Inputs) -> object:
@@ -99,18 +112,19 @@ def probe(loaded: LoadedModel, inputs: Inputs) -> list[ProbedCall]:
     found: list[ProbedCall] = []
 
     def look(call: AttentionCall) -> None:
-        check_call(call, prove_output=True)
-        found.append(_probed(call, loaded))
+        check_output(call)
+        found.append(_probed(call, loaded, inputs))
 
     with torch.no_grad(), recording(loaded.model, on_call=look):
         run_model(loaded, inputs)
     if not found:
         raise ModelError(f"{loaded.name!r} ran no attention: there is nothing to extract")
-    return found
+    return _merged(found)
 
 
-def _probed(call: AttentionCall, loaded: LoadedModel) -> ProbedCall:
-    _, heads, queries, keys = call.shape
+def _probed(call: AttentionCall, loaded: LoadedModel, inputs: Inputs) -> ProbedCall:
+    batch, heads, queries, keys = call.shape
+    fold = fold_of(call, loaded, inputs)
     encoded = encoded_attention(call, "float16")
     return ProbedCall(
         module=call.module,
@@ -120,12 +134,46 @@ def _probed(call: AttentionCall, loaded: LoadedModel) -> ProbedCall:
         placement=loaded.family.place(call, loaded),
         heads=heads,
         kv_heads=heads if call.key is None else call.key.shape[1],
-        queries=queries,
-        keys=keys,
+        queries=queries * batch if fold is None else int(fold.queries.max()) + 1,
+        keys=keys * batch if fold is None else int(fold.keys.max()) + 1,
         channels=0 if call.query is None else call.query.shape[-1],
         value_channels=0 if call.value is None else call.value.shape[-1],
         compressed_bytes=_compressed(encoded),
+        folded=batch != 1 or fold is not None,
+        has_fold=fold is not None,
+        dtype="float32" if call.query is None else DTYPES.get(call.query.dtype, "float32"),
+        recipe=recipe_of(call),
     )
+
+
+def fold_of(call: AttentionCall, loaded: LoadedModel, inputs: Inputs) -> Fold | None:
+    """Where the parts of a call belong, by its family; None where its batch is the batch of samples."""
+    return None if loaded.family.fold is None else loaded.family.fold(call, inputs, loaded)
+
+
+def _merged(calls: Sequence[ProbedCall]) -> list[ProbedCall]:
+    """Calls of one module with one role become one: their tokens lie side by side."""
+    groups: dict[tuple[object, ...], list[ProbedCall]] = {}
+    for call in calls:
+        groups.setdefault((call.module, call.placement), []).append(call)
+    merged = []
+    for group in groups.values():
+        first = group[0]
+        if len(group) == 1:
+            merged.append(first if not first.folded else replace(first, number=-1))
+            continue
+        together = max if first.has_fold else sum
+        merged.append(
+            replace(
+                first,
+                number=-1,
+                folded=True,
+                queries=together(c.queries for c in group),
+                keys=together(c.keys for c in group),
+                compressed_bytes=sum(c.compressed_bytes for c in group),
+            )
+        )
+    return merged
 
 
 def _compressed(values: np.ndarray) -> int:
@@ -134,17 +182,17 @@ def _compressed(values: np.ndarray) -> int:
     return len(Zstd(level=1).encode(np.ascontiguousarray(values)))
 
 
-def check_call(call: AttentionCall, prove_output: bool = False) -> None:
-    """Raise RecordingError unless the call's attention obeys the laws of a softmax (and gives the kernel's output)."""
-    if prove_output and call.value is not None and call.output is not None and not call.output.isnan().any():
-        largest = float(call.value.abs().max()) if call.value.numel() else 0.0
-        allowed = _OUTPUT_TOLERANCE.get(call.value.dtype, 3e-2) * max(largest, 1e-6)
-        error = call.output_error()
-        if error > allowed:
-            raise RecordingError(
-                f"attention of module {call.module!r} was recorded wrongly: attention times value differs from the"
-                f" kernel's output by {error:.2g}, allowed are {allowed:.2g}"
-            )
+def check_output(call: AttentionCall, rows: torch.Tensor | None = None) -> None:
+    """Raise RecordingError unless attention times value is what the kernel returned, over all rows or some."""
+    if call.value is None or call.output is None or not call.value.numel() or call.output.isnan().any():
+        return
+    allowed = _OUTPUT_TOLERANCE.get(call.value.dtype, 3e-2) * max(float(call.value.abs().max()), 1e-6)
+    error = call.output_error() if rows is None else call.output_error(rows)
+    if error > allowed:
+        raise RecordingError(
+            f"attention of module {call.module!r} was recorded wrongly: attention times value differs from the"
+            f" kernel's output by {error:.2g}, allowed are {allowed:.2g}"
+        )
 
 
 def check_rows(attention: torch.Tensor, call: AttentionCall) -> None:
@@ -162,7 +210,7 @@ def check_rows(attention: torch.Tensor, call: AttentionCall) -> None:
 def plan_run(
     calls: Sequence[ProbedCall],
     spec: ExtractSpec,
-    samples: int,
+    prepared: Prepared,
     batch_size: int | None,
     thumbnails: bool,
 ) -> RunPlan:
@@ -177,31 +225,63 @@ def plan_run(
         first = group[0]
         queries = _stream(streams, first.placement.queries, first.queries)
         keys = _stream(streams, first.placement.keys, first.keys)
-        sites[_free_name(sites, first.placement.site)] = SitePlan(
-            queries=queries,
-            keys=keys,
-            layers=tuple(c.placement.layer for c in group),
-            modules=tuple(c.module for c in group),
-            heads=first.heads,
-            kv_heads=first.kv_heads,
-            query_tokens=first.queries,
-            key_tokens=first.keys,
-            channels=first.channels,
-            value_channels=first.value_channels,
-            call_numbers=tuple(c.number for c in group),
-            kernels=tuple(sorted({c.kernel for c in group})),
-            guessed=any(c.placement.guessed for c in group),
-        )
+        sites[_free_name(sites, first.placement.site)] = _site_plan(group, queries, keys, spec)
+    # The probe saw the longest sample, but the longest text and the largest image may be two samples'.
+    streams |= {name: max(most, streams[name]) for name, most in prepared.longest.items() if name in streams}
+    sites = {
+        name: replace(site, query_tokens=streams[site.queries], key_tokens=streams[site.keys])
+        for name, site in sites.items()
+    }
     plan = RunPlan(streams=streams, sites=sites, unit=1, thumbnails=thumbnails)
-    unit = unit_for(plan.sample_bytes(spec), samples, batch_size or 1)
-    return RunPlan(streams=streams, sites=sites, unit=unit, thumbnails=thumbnails)
+    unit = unit_for(plan.sample_bytes(spec), len(prepared.samples), batch_size or 1)
+    return replace(plan, unit=unit)
+
+
+def _site_plan(group: Sequence[ProbedCall], queries: str, keys: str, spec: ExtractSpec) -> SitePlan:
+    first = group[0]
+    recipes = tuple(c.recipe for c in group if c.recipe is not None and not c.folded)
+    return SitePlan(
+        queries=queries,
+        keys=keys,
+        layers=tuple(c.placement.layer for c in group),
+        modules=tuple(c.module for c in group),
+        heads=first.heads,
+        kv_heads=first.kv_heads,
+        query_tokens=first.queries,
+        key_tokens=first.keys,
+        channels=first.channels,
+        value_channels=first.value_channels,
+        call_numbers=tuple(c.number for c in group),
+        kernels=tuple(sorted({c.kernel for c in group})),
+        guessed=any(c.placement.guessed for c in group),
+        form=_form(group, spec, len(recipes) == len(group)),
+        dtype=first.dtype,
+        recipes=recipes if len(recipes) == len(group) else (),
+    )
+
+
+def _form(group: Sequence[ProbedCall], spec: ExtractSpec, has_recipe: bool) -> str:
+    """Factored where query and key determine the attention and take less room, or where it is asked for."""
+    first = group[0]
+    if spec.form == "factored" and not has_recipe:
+        raise ModelError(
+            f"site {first.placement.site!r} can't be stored factored: its attention isn't determined by query, key"
+            f" and a mask alone (module {first.module!r}); use the form 'auto'"
+        )
+    if spec.form != "auto":
+        return spec.form
+    item = 4 if first.dtype == "float32" else 2
+    factored = item * first.channels * (first.heads * first.queries + first.kv_heads * first.keys)
+    factored += 4 * first.heads * first.queries
+    return "factored" if has_recipe and first.keys >= _FACTORED_FROM and factored < first.compressed_bytes else "dense"
 
 
 def forecast_bytes(calls: Sequence[ProbedCall], plan: RunPlan, spec: ExtractSpec, samples: int) -> int:
     """Bytes that the run will take on disk, from how well the probed sample's attention compressed."""
     raw = plan.sample_bytes(spec)
     if "attention" in spec.quantities and spec.encoding == "float16":
-        recorded = {(m, n) for s in plan.sites.values() for m, n in zip(s.modules, s.call_numbers, strict=True)}
+        dense = [s for s in plan.sites.values() if s.form == "dense"]
+        recorded = {(m, n) for s in dense for m, n in zip(s.modules, s.call_numbers, strict=True)}
         raw -= sum(2 * c.heads * c.queries * c.keys for c in calls if (c.module, c.number) in recorded)
         raw += sum(c.compressed_bytes for c in calls if (c.module, c.number) in recorded)
     return max(raw, 0) * samples
@@ -228,8 +308,6 @@ def _is_wanted(placement: Placement, spec: ExtractSpec) -> bool:
 
 def _numbered(calls: Sequence[ProbedCall]) -> list[ProbedCall]:
     """The calls, with layers in call order where guessed layer numbers of one site collide."""
-    from dataclasses import replace
-
     by_site: dict[str, list[ProbedCall]] = {}
     for call in calls:
         by_site.setdefault(call.placement.site, []).append(call)

@@ -34,7 +34,8 @@ _NAN = float("nan")
 QUANTITIES = (
     Quantity("id", "samples", ("sample",), "string", "", "name of the sample, unique in the run", ""),
     Quantity("text", "samples", ("sample",), "string", "", "text of the sample", ""),
-    Quantity("regions", "samples", ("sample",), "string", "", "JSON list of phrase, box (pixels), span (characters)", ""),
+    Quantity("regions", "samples", ("sample",), "string", "",
+             "JSON list of phrase, box (pixels), span (characters)", ""),
     Quantity("image_digest", "samples", ("sample",), "string", "", "SHA-256 of the encoded image", ""),
     Quantity("thumbnail", "samples", ("sample", "image_row", "image_column", "colour"), "uint8", "",
              "the image as the model saw it, red green blue"),
@@ -50,7 +51,7 @@ QUANTITIES = (
     Quantity("attention_grad", "site", _SITE, "float32", "1",
              "derivative of the score by the attention weights", _NAN),
     Quantity("attention_relevance", "site", ("sample", "layer", "query_token", "key_token"), "float32", "1",
-             "mean over heads of the positive part of gradient times attention (Chefer et al., ICCV 2021, eq. 5)", _NAN),
+             "head mean of the positive part of gradient times attention (Chefer et al., ICCV 2021, eq. 5)", _NAN),
     Quantity("query", "site", ("sample", "layer", "head", "query_token", "channel"), "float32", "1",
              "query as the kernel received it: after rotary position and norm", _NAN),
     Quantity("key", "site", ("sample", "layer", "kv_head", "key_token", "channel"), "float32", "1",
@@ -61,6 +62,12 @@ QUANTITIES = (
              "logarithm of the sum of the exponentiated scores of a row", _NAN),
     Quantity("query_valid", "site", ("sample", "layer", "query_token"), "bool", "1",
              "whether the query row has a key that it may attend to", False),
+    Quantity("key_valid", "site", ("sample", "layer", "key_token"), "bool", "1",
+             "whether the key may be attended to at all", False),
+    Quantity("causal", "site", ("sample", "layer"), "bool", "1",
+             "whether a query may attend to no later key", False),
+    Quantity("mask", "site", ("sample", "layer", "query_token", "key_token"), "bool", "1",
+             "which keys a query may attend to, where the other rules don't say it all", True),
     Quantity("score", "outputs", ("condition", "sample"), "float32", "1", "the target score of the model", _NAN),
     Quantity("query", "weights", ("layer", "head", "channel", "feature"), "float32", "1",
              "rows of the query projection of each head, before any rotary position", _NAN),
@@ -76,7 +83,11 @@ SITE_QUANTITIES = {q.name: q for q in QUANTITIES if q.group == "site"}
 GRADIENT_QUANTITIES = frozenset({"attention_grad", "attention_relevance"})
 DERIVED_FROM = {"attention_mean": "attention", "attention_relevance": "attention_grad"}
 """Reductions, and the full array that makes each of them needless to store (with `attention` for the second)."""
-EXTRACTABLE = frozenset(SITE_QUANTITIES) - {"query_valid"} | {"weights", "score"}
+RULES = frozenset({"query_valid", "key_valid", "causal", "mask"})
+"""Which query may attend to which key; recorded with whatever needs them, never asked for by name."""
+FACTORS = frozenset({"query", "key", "log_sum_exp"})
+"""What attention is computed again from where it is stored in factored form."""
+EXTRACTABLE = frozenset(SITE_QUANTITIES) - RULES | {"weights", "score"}
 ENCODINGS = ("float16", "exact")
 FORMS = ("auto", "dense", "factored")
 

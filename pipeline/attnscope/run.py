@@ -23,8 +23,25 @@ from xarray.core import indexing
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
-from attnscope.attention_array import DIMS, AttentionArray, DenseTiles, HeadMean, TileSource
-from attnscope.quantities import DERIVED_FROM, SCHEMA_VERSION, SITE_QUANTITIES, ExtractSpec, Quantity, quantity
+from attnscope.attention_array import (
+    DIMS,
+    AttentionArray,
+    DecodedArray,
+    DenseTiles,
+    FactoredTiles,
+    HeadMean,
+    TileSource,
+)
+from attnscope.quantities import (
+    DERIVED_FROM,
+    FACTORS,
+    RULES,
+    SCHEMA_VERSION,
+    SITE_QUANTITIES,
+    ExtractSpec,
+    Quantity,
+    quantity,
+)
 from attnscope.samples import Sample
 from attnscope.selection import Choice, select
 from attnscope.stores import StoreError, open_group, open_store, remove_partial_files
@@ -38,7 +55,8 @@ THUMBNAIL_PIXELS = 224
 _CHUNK_BYTES = 2**20
 _UNIT_BYTES = 2**27
 _UNIT_LIMIT = 64
-_ATTENTION_BOUND = {"float16": "2.5e-4", "exact": "0"}
+_DENSE_BOUND = {"float16": "2.5e-4", "float32": "2e-6"}
+_BFLOAT16_NAN = 0x7FC0
 
 
 class RunError(ValueError):
@@ -50,8 +68,27 @@ class MissingQuantity(RunError):
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How a layer makes attention of query and key, beyond the rules that are stored sample by sample.
+
+    score = scale * query . key, then softcap * tanh(score / softcap) where there is one; a query at position i stands
+    at key position i + causal_offset, and attends to keys nearer than `window`. `sinks` are one extra score a head.
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    causal_offset: int = 0
+    sinks: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
 class SitePlan:
-    """One kind of attention between streams over layers: its streams, layers and sizes."""
+    """One kind of attention between streams over layers: its streams, layers and sizes.
+
+    `call_numbers` tell calls of one module apart; -1 stands for all of them, whose tokens are put together. `dtype` is
+    the model's, in which query and key are stored; `recipes` (one a layer) stand where the form is 'factored'.
+    """
 
     queries: str
     keys: str
@@ -66,6 +103,16 @@ class SitePlan:
     call_numbers: tuple[int, ...] = ()
     kernels: tuple[str, ...] = ()
     guessed: bool = False
+    form: str = "dense"
+    dtype: str = "float32"
+    recipes: tuple[Recipe, ...] = ()
+
+    def stored(self, spec: ExtractSpec) -> frozenset[str]:
+        """Names of the site quantities that are stored for a spec: factored attention is its factors and rules."""
+        names = spec.quantities & set(SITE_QUANTITIES)
+        if "attention" in names and self.form == "factored":
+            names = names - {"attention"} | FACTORS | RULES
+        return names | {"query_valid"}
 
 
 @dataclass(frozen=True)
@@ -91,9 +138,9 @@ class RunPlan:
     def sample_bytes(self, spec: ExtractSpec) -> int:
         """Bytes that one sample takes before compression, all site quantities of the spec together."""
         return sum(
-            _item_bytes(SITE_QUANTITIES[name], spec) * _count(SITE_QUANTITIES[name], self.sizes(site))
+            _item_bytes(SITE_QUANTITIES[name], spec, site) * _count(SITE_QUANTITIES[name], self.sizes(site))
             for site in self.sites.values()
-            for name in spec.quantities & set(SITE_QUANTITIES)
+            for name in site.stored(spec) - RULES
         )
 
 
@@ -133,8 +180,8 @@ class Run:
         """
         store = open_store(location, read_only=False)
         root = _empty_root(store, location)
-        for path, row, sizes in _arrays_of(plan, spec):
-            _create_array(root, path, row, {"sample": len(samples), **sizes}, plan.unit, spec)
+        for array in _arrays_of(plan, spec, len(samples)):
+            _create_array(root, array, plan.unit)
         for name, site in plan.sites.items():
             _write_site_coordinates(root.require_group(name), site)
         root.require_group("outputs").attrs["conditions"] = list(plan.conditions)
@@ -184,8 +231,8 @@ class Run:
             path = f"weights/{site}/{name}"
             row = quantity("weights", name)
             if path not in self._group:
-                row_sizes = {**sizes, **dict(zip(row.dims[1:], values.shape, strict=True))}
-                _create_array(self._group, path, row, row_sizes, 1, self.spec)
+                shape = (sizes["layer"], *values.shape)
+                _create_array(self._group, _ArrayPlan(path, row, shape, row.dtype), 1)
                 _write_layers(self._group[f"weights/{site}"], plan)  # type: ignore[arg-type]
             self._array(path)[layer] = values
 
@@ -254,7 +301,9 @@ class Run:
             wanted = f"needs the target {spec.target!r}, but {self.location} was extracted for {mine.target!r}"
         else:
             wanted = f"needs sites or layers which {self.location} does not hold"
-        raise MissingQuantity(f"{asker} {wanted}; extract again into another run with --for {asker.rsplit(maxsplit=1)[-1]}")
+        raise MissingQuantity(
+            f"{asker} {wanted}; extract again into another run with --for {asker.rsplit(maxsplit=1)[-1]}"
+        )
 
     def tidy(self) -> int:
         """Delete the half-written files that a killed writer left; their number."""
@@ -293,7 +342,7 @@ class Run:
             self._array(f"{plan.keys}/kind"),
         )
         row = SITE_QUANTITIES["attention"]
-        attrs = {"long_name": row.meaning, "units": row.units, "bound": _ATTENTION_BOUND[self.spec.encoding]}
+        attrs = {"long_name": row.meaning, "units": row.units, "bound": self._bound(plan)}
         variable = xr.Variable(DIMS, indexing.LazilyIndexedArray(array), attrs)
         return xr.DataArray(variable, coords=self._coordinates(site), name="attention")
 
@@ -303,8 +352,12 @@ class Run:
             return self.attention(site)
         self._site(site)
         if f"{site}/{name}" in self._group:
-            stored = self._dataset(site)[name]
-            return stored.assign_coords({"sample": self._sample_coordinate()})
+            stored = self._dataset(site)[name].assign_coords({"sample": self._sample_coordinate()})
+            if "encoded" not in stored.attrs:
+                return stored
+            array = indexing.LazilyIndexedArray(DecodedArray(self._array(f"{site}/{name}")))
+            attrs = {k: v for k, v in stored.attrs.items() if k != "encoded"}
+            return stored.copy(data=xr.Variable(stored.dims, array)).assign_attrs(attrs)
         if name == "attention_mean":
             return self._head_mean(site, name, self.attention(site))
         if name == "attention_relevance" and f"{site}/attention_grad" in self._group:
@@ -387,9 +440,17 @@ class Run:
         return xr.DataArray(variable, coords=coordinates, name=name)
 
     def _tiles(self, site: str) -> TileSource:
-        if f"{site}/attention" not in self._group:
+        plan = self.plan.sites[site]
+        needed = FACTORS | RULES if plan.form == "factored" else {"attention"}
+        if any(f"{site}/{name}" not in self._group for name in needed):
             raise MissingQuantity(f"{self.location} does not hold the attention of site {site!r}")
-        return DenseTiles(self._array(f"{site}/attention"))
+        if plan.form == "dense":
+            return DenseTiles(self._array(f"{site}/attention"))
+        return FactoredTiles({name: self._array(f"{site}/{name}") for name in needed}, plan.recipes)
+
+    def _bound(self, plan: SitePlan) -> str:
+        """Largest difference from the softmax of the model's own query and key."""
+        return _DENSE_BOUND["float32" if plan.form == "factored" or self.spec.encoding == "exact" else "float16"]
 
     def _array(self, path: str) -> zarr.Array:
         # Opening an array reads its metadata file: keep what was opened.
@@ -475,43 +536,66 @@ def _empty_root(store: Store, location: object) -> zarr.Group:
     return root
 
 
-def _arrays_of(plan: RunPlan, spec: ExtractSpec) -> Iterable[tuple[str, Quantity, dict[str, int]]]:
-    """Path, table row and sizes of every array that a run of this plan holds, weights aside."""
-    sample_rows = ("id", "text", "regions", "image_digest", "reason", "status")
-    for name in (*sample_rows, *(("thumbnail",) if plan.thumbnails else ())):
-        yield f"samples/{name}", quantity("samples", name), plan.sizes()
+@dataclass(frozen=True)
+class _ArrayPlan:
+    """One array to be made: where, its table row, its shape and how it is stored."""
+
+    path: str
+    row: Quantity
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def item_bytes(self) -> int:
+        return 64 if self.dtype == "string" else 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
+
+    @property
+    def attrs(self) -> dict[str, object]:
+        attrs: dict[str, object] = {"long_name": self.row.meaning, "units": self.row.units}
+        if self.row.group == "site" and self.row.name == "attention":
+            attrs["bound"] = _DENSE_BOUND[self.dtype]
+        if self.dtype == "bfloat16":
+            attrs["encoded"] = "bfloat16: the upper half of a float32's bits"
+        if self.row.group == "stream" and self.row.name == "kind":
+            attrs |= {"flag_values": list(range(len(KINDS))), "flag_meanings": " ".join(KINDS)}
+        return attrs
+
+
+def _arrays_of(plan: RunPlan, spec: ExtractSpec, samples: int) -> Iterable[_ArrayPlan]:
+    """Every array that a run of this plan holds, weights aside."""
+
+    def planned(path: str, row: Quantity, sizes: Mapping[str, int], dtype: str | None = None) -> _ArrayPlan:
+        shape = tuple(samples if d == "sample" else sizes[d] for d in row.dims)
+        return _ArrayPlan(path, row, shape, dtype or row.dtype)
+
+    for name in ("id", "text", "regions", "image_digest", "reason", "status"):
+        yield planned(f"samples/{name}", quantity("samples", name), plan.sizes())
+    if plan.thumbnails:
+        yield planned("samples/thumbnail", quantity("samples", "thumbnail"), plan.sizes())
     for stream, tokens in plan.streams.items():
         for name in ("token_text", "kind", "row", "column"):
-            yield f"{stream}/{name}", quantity("stream", name), {"token": tokens}
+            yield planned(f"{stream}/{name}", quantity("stream", name), {"token": tokens})
     for name, site in plan.sites.items():
-        for wanted in sorted(spec.quantities & set(SITE_QUANTITIES) | {"query_valid"}):
-            yield f"{name}/{wanted}", SITE_QUANTITIES[wanted], plan.sizes(site)
+        for stored in sorted(site.stored(spec)):
+            row = SITE_QUANTITIES[stored]
+            yield planned(f"{name}/{stored}", row, plan.sizes(site), _stored_dtype(row, spec, site))
     if "score" in spec.quantities or spec.needs_gradient:
-        yield "outputs/score", quantity("outputs", "score"), plan.sizes()
+        yield planned("outputs/score", quantity("outputs", "score"), plan.sizes())
 
 
-def _create_array(
-    root: zarr.Group, path: str, row: Quantity, sizes: Mapping[str, int], unit: int, spec: ExtractSpec
-) -> None:
-    shape = tuple(sizes[d] for d in row.dims)
-    text = row.dtype == "string"
-    dtype = _stored_dtype(row, spec)
-    chunks, shards = (shape, None) if not shape else _chunks(row, shape, unit, 64 if text else np.dtype(dtype).itemsize)
-    attrs: dict[str, object] = {"long_name": row.meaning, "units": row.units}
-    if path.endswith("/attention"):
-        attrs["bound"] = _ATTENTION_BOUND[spec.encoding]
-    if row.group == "stream" and row.name == "kind":
-        attrs |= {"flag_values": list(range(len(KINDS))), "flag_meanings": " ".join(KINDS)}
+def _create_array(root: zarr.Group, array: _ArrayPlan, unit: int) -> None:
+    chunks, shards = _chunks(array.row, array.shape, unit, array.item_bytes)
+    bits = array.dtype == "bfloat16"
     root.create_array(
-        path,
-        shape=shape,
-        dtype=str if text else dtype,
+        array.path,
+        shape=array.shape,
+        dtype=str if array.dtype == "string" else "uint16" if bits else array.dtype,
         chunks=chunks,
         shards=shards,
         compressors=zarr.codecs.ZstdCodec(level=1, checksum=True),
-        fill_value=row.fill,
-        dimension_names=row.dims,
-        attributes=attrs,
+        fill_value=_BFLOAT16_NAN if bits else array.row.fill,
+        dimension_names=array.row.dims,
+        attributes=array.attrs,
     )
 
 
@@ -535,14 +619,15 @@ def _next_divisor(whole: int, below: int) -> int:
     return next(n for n in range(below - 1, 0, -1) if whole % n == 0)
 
 
-def _stored_dtype(row: Quantity, spec: ExtractSpec) -> str:
+def _stored_dtype(row: Quantity, spec: ExtractSpec, site: SitePlan) -> str:
     if row.name == "attention" and spec.encoding == "exact":
         return "float32"
-    return row.dtype
+    return site.dtype if row.name in ("query", "key", "value") else row.dtype
 
 
-def _item_bytes(row: Quantity, spec: ExtractSpec) -> int:
-    return np.dtype(_stored_dtype(row, spec)).itemsize
+def _item_bytes(row: Quantity, spec: ExtractSpec, site: SitePlan) -> int:
+    dtype = _stored_dtype(row, spec, site)
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
 
 
 def _count(row: Quantity, sizes: Mapping[str, int]) -> int:
@@ -551,7 +636,8 @@ def _count(row: Quantity, sizes: Mapping[str, int]) -> int:
 
 def _write_site_coordinates(group: zarr.Group, site: SitePlan) -> None:
     group.attrs.put({"queries": site.queries, "keys": site.keys, "modules": list(site.modules),
-                     "kernels": list(site.kernels), "guessed": site.guessed})  # fmt: skip
+                     "kernels": list(site.kernels), "guessed": site.guessed, "form": site.form,
+                     "recipes": [asdict(r) for r in site.recipes]})  # fmt: skip
     _write_layers(group, site)
     group.create_array("head", data=np.arange(site.heads), dimension_names=("head",), overwrite=True)
 
@@ -567,7 +653,11 @@ def _plan_to_attrs(plan: RunPlan) -> dict[str, object]:
 def _plan_from_attrs(plain: Mapping[str, object]) -> RunPlan:
     sites = {}
     for name, fields in plain["sites"].items():  # type: ignore[attr-defined]
-        sites[name] = SitePlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        recipes = tuple(
+            Recipe(**r | {"sinks": None if r["sinks"] is None else tuple(r["sinks"])}) for r in fields.pop("recipes")
+        )
+        plainly = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        sites[name] = SitePlan(**plainly, recipes=recipes)
     return RunPlan(
         streams=dict(plain["streams"]),  # type: ignore[call-overload]
         sites=sites,

@@ -112,7 +112,8 @@ class BlockBuffer:
         row = SITE_QUANTITIES[name]
         sizes = self._run.plan.sizes(site)
         shape = [len(self._block), *(sizes[d] for d in row.dims if d not in ("sample", "layer"))]
-        return np.full(shape, row.fill, dtype)
+        # Codes of bfloat16 can't be NaN as numbers; what stays unfilled is hidden by the token kinds in any case.
+        return np.full(shape, 0 if dtype == np.uint16 else row.fill, dtype)
 
 
 class TokenBuffer:
@@ -120,9 +121,8 @@ class TokenBuffer:
 
     def __init__(self, samples: int, tokens: int) -> None:
         shape = (samples, tokens)
-        self.layout = TokenLayout(
-            np.zeros(shape, np.int8), np.full(shape, "", object), np.full(shape, -1, np.int16), np.full(shape, -1, np.int16)
-        )  # fmt: skip
+        row, column = np.full((2, *shape), -1, np.int16)
+        self.layout = TokenLayout(np.zeros(shape, np.int8), np.full(shape, "", object), row, column)
 
     def put(self, rows: Sequence[int], layout: TokenLayout) -> None:
         """Add the layout of one batch."""

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from attnscope.families.encoding import encode_samples
+import numpy as np
+
+from attnscope.families.encoding import encode_samples, measure_text
 from attnscope.families.guesses import guess_placement
 from attnscope.families.scores import SCORES, default_target
 from attnscope.plugins import load_plugins
@@ -37,6 +39,19 @@ class Placement:
     keys: str
     layer: int
     guessed: bool = False
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Where a call's rows and tokens belong when its batch is not the batch of samples: windows, tiles, packed images.
+
+    `samples` (call_batch,) are positions in the batch of samples; `queries` and `keys` (call_batch, token) are token
+    positions in the stream, -1 for tokens that belong nowhere.
+    """
+
+    samples: np.ndarray
+    queries: np.ndarray
+    keys: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,10 @@ class ModelFamily:
     """What attnscope must know of a kind of model beyond what it records by itself.
 
     `model_types` are the `config.model_type` names that it answers for; `streams` gives the layout of each stream's
-    tokens from the model's inputs; `scores` are further targets by name, beside the common ones.
+    tokens from the model's inputs (and the number of tokens seen in the batch); `scores` are further targets by name,
+    beside the common ones; `measure` gives the tokens of a sample by stream before anything is encoded in batches;
+    `fold` tells where the parts of a call belong whose batch isn't the batch of samples. Without it such a model sees
+    one sample at a time, and the parts of its calls are put one behind the other.
     """
 
     name: str
@@ -77,6 +95,8 @@ class ModelFamily:
     streams: Mapping[str, LayoutFunction] = field(default_factory=dict)
     scores: Mapping[str, ScoreFunction] = field(default_factory=dict)
     encode: "Callable[[Sequence[Sample], LoadedModel], Inputs]" = encode_samples
+    measure: "Callable[[Sample, LoadedModel], Mapping[str, int]]" = measure_text
+    fold: "Callable[[AttentionCall, Inputs, LoadedModel], Fold | None] | None" = None
 
     def place(self, call: "AttentionCall", loaded: "LoadedModel") -> Placement:
         """The placement of a call by the family's rules, or guessed from its module's name and its shape."""

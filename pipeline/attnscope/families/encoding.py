@@ -32,20 +32,22 @@ def encode_samples(samples: Sequence[Sample], loaded: "LoadedModel") -> "dict[st
     return inputs
 
 
-def text_length(sample: Sample, loaded: "LoadedModel") -> int:
-    """Tokens of a sample's text, special ones included.
+def measure_text(sample: Sample, loaded: "LoadedModel") -> "dict[str, int]":
+    """Tokens of a sample's text, special ones included; nothing for a model without a tokenizer.
 
     Raises
     ------
     SampleError
         When there is no text, or it is longer than the model takes.
     """
+    if loaded.tokenizer is None:
+        return {}
     _require([bool(sample.text)], [sample], "text", loaded)
-    length = len(loaded.tokenizer(sample.text, verbose=False)["input_ids"])  # type: ignore[misc]
+    length = len(loaded.tokenizer(sample.text, verbose=False)["input_ids"])
     limit = loaded.text_limit
     if limit is not None and length > limit:
         raise SampleError(f"text has {length} tokens, {loaded.name!r} takes {limit}")
-    return length
+    return {"text": length}
 
 
 def _require(present: Sequence[bool], samples: Sequence[Sample], what: str, loaded: "LoadedModel") -> None:

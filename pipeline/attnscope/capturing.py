@@ -1,0 +1,236 @@
+"""From a recorded call to the quantities that are stored of it, as rows of the block being extracted."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from attnscope.families import Fold, Inputs
+from attnscope.loading import LoadedModel
+from attnscope.planning import RecordingError, check_output, check_rows, fold_of
+from attnscope.quantities import FACTORS, SITE_QUANTITIES, ExtractSpec
+from attnscope.recipes import RuleReader, proved_rows, recipe_of
+from attnscope.recording import AttentionCall
+from attnscope.run import Run, SitePlan
+from attnscope.writing import BlockBuffer, head_tiles
+
+_LOG_SUM_EXP_TOLERANCE = 1e-3
+_TENSORS = ("query", "key", "value")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each call is stored: (module, call number) to (site, layer position); number -1 stands for all calls."""
+
+    by_call: Mapping[tuple[str, int], tuple[str, int]]
+    complete: bool
+
+    @classmethod
+    def of(cls, run: Run, spec: ExtractSpec) -> "Places":
+        """The places that a run's plan foresees."""
+        by_call = {
+            call: (name, position)
+            for name, site in run.plan.sites.items()
+            for position, call in enumerate(zip(site.modules, site.call_numbers, strict=True))
+        }
+        return cls(by_call, spec.sites is None and spec.layers is None)
+
+    def find(self, call: AttentionCall) -> tuple[str, int, bool] | None:
+        """Site, layer position, and whether the call is one part of several; None for a call that isn't wanted.
+
+        Raises
+        ------
+        RecordingError
+            When every call is wanted and this one was not foreseen: it would be lost.
+        """
+        for number in (call.number, -1):
+            place = self.by_call.get((call.module, number))
+            if place is not None:
+                return (*place, number == -1)
+        if self.complete:
+            raise RecordingError(
+                f"module {call.module!r} attended in call {call.number}, which the first sample's forward had not;"
+                " the model's calls depend on its input"
+            )
+        return None
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether some layers are made of several calls."""
+        return any(number == -1 for _, number in self.by_call)
+
+
+class Taker:
+    """Turns each recorded call of one batch into the wanted quantities and puts them into the block's buffer."""
+
+    def __init__(
+        self, loaded: LoadedModel, run: Run, places: Places, buffer: BlockBuffer, batch: tuple[Sequence[int], Inputs]
+    ) -> None:
+        self._loaded = loaded
+        self._run = run
+        self._spec = run.spec
+        self._places = places
+        self._buffer = buffer
+        self._rows, self._inputs = batch
+        self._rules = RuleReader()
+        self._parts: dict[tuple[str, int], dict[str, np.ndarray]] = {}
+        self._ends: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def __call__(self, call: AttentionCall, gradient: torch.Tensor | None = None) -> None:
+        found = self._places.find(call)
+        if found is None:
+            return
+        site, layer, is_part = found
+        plan = self._run.plan.sites[site]
+        values = call_quantities(call, gradient, self._spec, plan)
+        if plan.form == "factored":
+            values |= self._factors(call, plan, layer)
+        if is_part:
+            self._add_part(call, site, layer, values)
+            return
+        if call.shape[0] != len(self._rows):
+            raise RecordingError(
+                f"module {call.module!r} attends over a batch of {call.shape[0]} for {len(self._rows)} samples"
+            )
+        for name, array in values.items():
+            self._buffer.put(site, name, layer, self._rows, array)
+
+    def finish(self) -> None:
+        """Put what was gathered part by part; call it when the forward is over."""
+        for (site, layer), arrays in self._parts.items():
+            for name, array in arrays.items():
+                self._buffer.put(site, name, layer, self._rows, array)
+        self._parts = {}
+
+    def _factors(self, call: AttentionCall, plan: SitePlan, layer: int) -> dict[str, np.ndarray]:
+        """Query, key, log-sum-exp and rules, proved on some rows against what the kernel returned."""
+        if recipe_of(call) is None or not _same_recipe(call, plan, layer):
+            raise RecordingError(
+                f"attention of module {call.module!r} can't be stored factored for this sample: its scale, mask or"
+                " bias differ from the first sample's; extract with form 'dense'"
+            )
+        rows = proved_rows(call)
+        check_output(call, rows)
+        total = call.log_sum_exp()
+        again = call.scores(rows).logsumexp(dim=-1) if call.sinks is None else total[:, :, rows]
+        valid = torch.isfinite(again)
+        if not torch.allclose(again[valid], total[:, :, rows][valid], atol=_LOG_SUM_EXP_TOLERANCE):
+            raise RecordingError(f"log-sum-exp of module {call.module!r} does not belong to its scores")
+        rules = self._rules.rules(call)
+        found = {"key_valid": rules.key_valid.numpy(), "causal": rules.causal.numpy()}
+        if rules.mask is not None:
+            found["mask"] = rules.mask.numpy()
+        found["log_sum_exp"] = total.cpu().numpy()
+        return found | {name: _plain(getattr(call, name), plan.dtype) for name in ("query", "key")}
+
+    def _add_part(self, call: AttentionCall, site: str, layer: int, values: Mapping[str, np.ndarray]) -> None:
+        fold = fold_of(call, self._loaded, self._inputs) or self._behind_the_others(call, site, layer)
+        arrays = self._parts.setdefault((site, layer), {})
+        sizes = self._run.plan.sizes(self._run.plan.sites[site])
+        for name, part in values.items():
+            if name not in arrays:
+                arrays[name] = _empty(name, len(self._rows), sizes, part.dtype)
+            scatter(arrays[name], name, part, fold)
+
+    def _behind_the_others(self, call: AttentionCall, site: str, layer: int) -> Fold:
+        """The call's tokens follow those of the calls before it; the batch is one sample."""
+        batch, _, queries, keys = call.shape
+        first_query, first_key = self._ends.get((site, layer), (0, 0))
+        self._ends[site, layer] = (first_query + batch * queries, first_key + batch * keys)
+        return Fold(
+            np.zeros(batch, np.int64),
+            first_query + np.arange(batch * queries).reshape(batch, queries),
+            first_key + np.arange(batch * keys).reshape(batch, keys),
+        )
+
+
+def call_quantities(
+    call: AttentionCall, gradient: torch.Tensor | None, spec: ExtractSpec, plan: SitePlan
+) -> dict[str, np.ndarray]:
+    """The stored quantities of one call: (batch, ...) arrays by name, reduced over heads tile by tile.
+
+    `gradient` is the derivative of the score by the call's output, (batch, query_token, head, value_channel); None
+    counts as zero. What factored attention needs is not among them.
+    """
+    wanted = spec.quantities - (FACTORS | {"attention"} if plan.form == "factored" else frozenset())
+    found = _by_head_tiles(call, gradient, spec, wanted)
+    for name in _TENSORS:
+        tensor = getattr(call, name)
+        if name in wanted and tensor is not None:
+            found[name] = _plain(tensor, plan.dtype)
+    if "log_sum_exp" in wanted and call.query is not None:
+        found["log_sum_exp"] = call.log_sum_exp().cpu().numpy()
+    batch, heads, queries, _ = call.shape
+    found["query_valid"] = call.row_valid().expand(batch, heads, queries).any(dim=1).cpu().numpy()
+    return found
+
+
+def _by_head_tiles(
+    call: AttentionCall, gradient: torch.Tensor | None, spec: ExtractSpec, wanted: frozenset[str]
+) -> dict[str, np.ndarray]:
+    full: dict[str, list[np.ndarray]] = {}
+    sums: dict[str, torch.Tensor] = {}
+    if not wanted & {"attention", "attention_grad", "attention_mean", "attention_relevance"}:
+        return {}
+    for heads in head_tiles(call):
+        attention = call.attention(heads=heads)
+        check_rows(attention, call)
+        if "attention" in wanted:
+            stored = attention.half() if spec.encoding == "float16" else attention
+            full.setdefault("attention", []).append(stored.cpu().numpy())
+        if "attention_mean" in wanted:
+            _accumulate(sums, "attention_mean", attention.sum(dim=1))
+        if not spec.needs_gradient:
+            continue
+        slope = torch.zeros_like(attention) if gradient is None else call.attention_gradient(gradient, heads=heads)
+        if "attention_grad" in wanted:
+            full.setdefault("attention_grad", []).append(slope.cpu().numpy())
+        if "attention_relevance" in wanted:
+            _accumulate(sums, "attention_relevance", attention.mul_(slope).clamp_(min=0).sum(dim=1))
+    found = {name: parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1) for name, parts in full.items()}
+    return found | {name: (total / call.shape[1]).cpu().numpy() for name, total in sums.items()}
+
+
+def scatter(target: np.ndarray, name: str, part: np.ndarray, fold: Fold) -> None:
+    """Lay the values (call_batch, ...) of one call into the array (sample, ...) of a whole layer."""
+    dims = SITE_QUANTITIES[name].dims[2:]
+    for row in range(len(part)):
+        places = {"query_token": fold.queries[row], "key_token": fold.keys[row]}
+        into, out_of = [], []
+        for dim, size in zip(dims, part.shape[1:], strict=True):
+            at = places.get(dim, np.arange(size))
+            out_of.append(np.flatnonzero(at >= 0))
+            into.append(at[at >= 0])
+        target[fold.samples[row]][np.ix_(*into)] = part[row][np.ix_(*out_of)]
+
+
+def _empty(name: str, samples: int, sizes: Mapping[str, int], dtype: np.dtype) -> np.ndarray:
+    """Zeros where no part attends to the tokens of another, the fill value where a token has no part."""
+    row = SITE_QUANTITIES[name]
+    shape = [samples, *(sizes[d] for d in row.dims[2:])]
+    between_tokens = {"query_token", "key_token"} <= set(row.dims)
+    return np.full(shape, 0 if between_tokens else row.fill, dtype)
+
+
+def _same_recipe(call: AttentionCall, plan: SitePlan, layer: int) -> bool:
+    stored = plan.recipes[layer]
+    mine = recipe_of(call)
+    # Where nothing is causal the offset says nothing; it differs with the padding of the batch.
+    return mine is not None and (mine.scale, mine.softcap, mine.window, mine.sinks) == (
+        stored.scale,
+        stored.softcap,
+        stored.window,
+        stored.sinks,
+    )
+
+
+def _plain(tensor: torch.Tensor, dtype: str) -> np.ndarray:
+    tensor = tensor.detach()
+    if dtype == "bfloat16":
+        return tensor.contiguous().cpu().view(torch.uint16).numpy()
+    return (tensor if dtype == "float16" else tensor.float()).cpu().numpy()
+
+
+def _accumulate(sums: dict[str, torch.Tensor], name: str, part: torch.Tensor) -> None:
+    sums[name] = sums[name] + part if name in sums else part
