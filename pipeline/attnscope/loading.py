@@ -1,6 +1,9 @@
 """Models by name: a hub name, a folder, or weights that an installed package carries."""
 
 import hashlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +59,7 @@ class LoadedModel:
     @cached_property
     def tokenizer(self) -> "transformers.PreTrainedTokenizerBase | None":
         """The model's tokenizer, when it takes text and has one."""
-        if not self._takes("input_ids"):
+        if not self.takes("input_ids"):
             return None
         tokenizer = self._part(AutoTokenizer)
         if tokenizer is not None and tokenizer.pad_token is None:
@@ -69,7 +72,7 @@ class LoadedModel:
         """The model's image processor, when it takes images and has one."""
         # The Pillow backend is there wherever we are; the torchvision one resizes a little differently, and numbers
         # should not depend on whether it is installed.
-        return self._part(AutoImageProcessor, backend="pil") if self._takes("pixel_values") else None
+        return self._part(AutoImageProcessor, backend="pil") if self.takes("pixel_values") else None
 
     @cached_property
     def processor(self) -> "transformers.ProcessorMixin | None":
@@ -97,9 +100,8 @@ class LoadedModel:
                 total.update(flat[start : start + _SHA_BLOCK].numpy())
         return total.hexdigest()
 
-    def _takes(self, name: str) -> bool:
-        import inspect
-
+    def takes(self, name: str) -> bool:
+        """Whether the model's forward takes an input of this name."""
         if name == str(getattr(self.model, "main_input_name", "")):
             return True
         return name in inspect.signature(self.model.forward).parameters
@@ -218,13 +220,25 @@ def _weights(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
-        return cls.from_pretrained(source, **options)
+        with _without_progress_bars():
+            return cls.from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(f"model {name!r} can't be loaded: {_first(error)}") from None
     except Exception as error:  # safetensors raises an exception class of its own, straight from Exception
         if type(error).__name__ == "SafetensorError":
             raise ModelError(f"model {name!r} has a damaged safetensors file: {_first(error)}") from None
         raise
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _first(error: Exception) -> str:

@@ -240,7 +240,7 @@ def plan_run(
 def _site_plan(group: Sequence[ProbedCall], queries: str, keys: str, spec: ExtractSpec) -> SitePlan:
     first = group[0]
     recipes = tuple(c.recipe for c in group if c.recipe is not None and not c.folded)
-    return SitePlan(
+    plan = SitePlan(
         queries=queries,
         keys=keys,
         layers=tuple(c.placement.layer for c in group),
@@ -254,26 +254,23 @@ def _site_plan(group: Sequence[ProbedCall], queries: str, keys: str, spec: Extra
         call_numbers=tuple(c.number for c in group),
         kernels=tuple(sorted({c.kernel for c in group})),
         guessed=any(c.placement.guessed for c in group),
-        form=_form(group, spec, len(recipes) == len(group)),
         dtype=first.dtype,
         recipes=recipes if len(recipes) == len(group) else (),
     )
+    return replace(plan, form=_form(plan, sum(c.compressed_bytes for c in group), spec))
 
 
-def _form(group: Sequence[ProbedCall], spec: ExtractSpec, has_recipe: bool) -> str:
+def _form(plan: SitePlan, dense_bytes: int, spec: ExtractSpec) -> str:
     """Factored where query and key determine the attention and take less room, or where it is asked for."""
-    first = group[0]
-    if spec.form == "factored" and not has_recipe:
+    if spec.form == "factored" and not plan.recipes:
         raise ModelError(
-            f"site {first.placement.site!r} can't be stored factored: its attention isn't determined by query, key"
-            f" and a mask alone (module {first.module!r}); use the form 'auto'"
+            f"attention of queries {plan.queries!r} over keys {plan.keys!r} can't be stored factored: query, key and a"
+            f" mask don't determine it (module {plan.modules[0]!r}); use the form 'auto'"
         )
     if spec.form != "auto":
         return spec.form
-    item = 4 if first.dtype == "float32" else 2
-    factored = item * first.channels * (first.heads * first.queries + first.kv_heads * first.keys)
-    factored += 4 * first.heads * first.queries
-    return "factored" if has_recipe and first.keys >= _FACTORED_FROM and factored < first.compressed_bytes else "dense"
+    worth_it = plan.key_tokens >= _FACTORED_FROM and plan.factored_bytes < dense_bytes
+    return "factored" if plan.recipes and worth_it else "dense"
 
 
 def forecast_bytes(calls: Sequence[ProbedCall], plan: RunPlan, spec: ExtractSpec, samples: int) -> int:

@@ -107,6 +107,13 @@ class SitePlan:
     dtype: str = "float32"
     recipes: tuple[Recipe, ...] = ()
 
+    @property
+    def factored_bytes(self) -> int:
+        """Bytes of query, key and log-sum-exp of one sample, all layers."""
+        item = 4 if self.dtype == "float32" else 2
+        rows = self.heads * self.query_tokens
+        return len(self.layers) * (item * self.channels * (rows + self.kv_heads * self.key_tokens) + 4 * rows)
+
     def stored(self, spec: ExtractSpec) -> frozenset[str]:
         """Names of the site quantities that are stored for a spec: factored attention is its factors and rules."""
         names = spec.quantities & set(SITE_QUANTITIES)
