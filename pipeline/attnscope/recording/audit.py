@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ FUSED_PARTS = (
 NOT_KERNELS = ("_fused_sdp_choice", "backward")
 SOFTMAXES = {"aten::_softmax", "aten::_safe_softmax", "aten::softmax"}
 PRODUCTS = {"aten::bmm", "aten::matmul", "aten::mm", "aten::baddbmm", "aten::einsum"}
+# Composite products, which choose by `requires_grad` of an operand whether to fold batch axes.
+FOLDING = {"aten::linear", "aten::matmul", "aten::einsum", "aten::inner", "aten::tensordot"}
 # What leaves probabilities probabilities: casts, copies, dropout, head masks, renormalisation, parts.
 FOLLOWED = {
     *("aten::_to_copy", "aten::clone", "aten::native_dropout", "aten::mul", "aten::div", "aten::slice"),
@@ -37,23 +40,27 @@ SCORES_FOLLOWED = FOLLOWED | {"aten::add", "aten::sub", "aten::tanh", "aten::cla
 
 
 class _Marks:
-    """A set of storages, by identity; a weak reference keeps an address from being used again."""
+    """Storages and the softmax or product they come from, by identity.
+
+    A weak reference keeps an address from being used again while it is held.
+    """
 
     def __init__(self) -> None:
-        self._held: dict[int, StorageWeakRef] = {}
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    def add(self, tensor: Tensor) -> None:
+    def add(self, tensor: Tensor, origin: int) -> None:
         if tensor.is_nested or tensor.layout != torch.strided:
             return
         reference = StorageWeakRef(tensor.untyped_storage())
-        self._held[reference.cdata] = reference
+        self._held[reference.cdata] = (reference, origin)
         if len(self._held) > 4096:
-            self._held = {key: held for key, held in self._held.items() if not held.expired()}
+            self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
 
-    def __contains__(self, value: object) -> bool:
+    def get(self, value: object) -> int | None:
         if not self._held or not isinstance(value, Tensor) or value.is_nested or value.layout != torch.strided:
-            return False
-        return value.untyped_storage()._cdata in self._held
+            return None
+        held = self._held.get(value.untyped_storage()._cdata)
+        return None if held is None else held[1]
 
 
 class Audit(TorchDispatchMode):
@@ -66,12 +73,22 @@ class Audit(TorchDispatchMode):
         weights = (*recording.model.parameters(), *recording.model.buffers())
         self._weights = {weight.untyped_storage()._cdata for weight in weights if weight.layout == torch.strided}
         self._kinds: dict[Any, str] = {}
+        self._folding: set[Any] = set()
+        self._plain: set[int] = set()
+        self._origins = 0
+        recording.origin_of = self._probabilities.get
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
         kind = self._kinds.get(func)
         if kind is None:
             kind = self._kinds[func] = _kind(func)
+            if _name(func) in FOLDING:
+                self._folding.add(func)
+        if torch.is_inference_mode_enabled() and func in self._folding:
+            with _inference_keys():
+                result = func(*args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
         if kind and observing():
             self._see(kind, func, args, result)
         return result
@@ -88,26 +105,31 @@ class Audit(TorchDispatchMode):
             self._follow(kind, args, result if isinstance(result, Tensor) else result[0])
 
     def _softmax(self, scores: Any, result: Any) -> None:
-        self._probabilities.add(result)
-        if scores in self._scores:
-            self._scores.add(result)
-        frame = self._recording.frames[-1] if self._recording.frames else None
+        self._origins += 1
+        self._probabilities.add(result, self._origins)
+        product = self._scores.get(scores)
+        if product is not None:
+            self._scores.add(result, product)
+        frame = self._recording.frame()
         if frame is not None and frame.name is not None and "Attention" in type(frame.module).__name__:
-            self._recording.audit.plain_softmaxes += 1
+            self._plain.add(self._origins)
+            self._recording.audit.plain_softmaxes = len(self._plain)
 
     def _product(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        if func._schema.name == "aten::einsum":
-            left, right = (args[1][0], args[1][1]) if len(args[1]) == 2 else (None, None)
-        else:
-            left, right = args[1:3] if func._schema.name == "aten::baddbmm" else args[:2]
-        if left is None:
+        name = _name(func)
+        operands = args[1] if name == "aten::einsum" else args[1:3] if name == "aten::baddbmm" else args[:2]
+        if len(operands) != 2:
             return
-        flat = right.dim() == 2
-        mixed = left if left in self._probabilities else right
-        if mixed in self._probabilities and (not flat or mixed in self._scores):
-            self._recording.count("softmax and product")
+        left, right = operands
+        mixed = left if self._probabilities.get(left) is not None else right
+        origin = self._probabilities.get(mixed)
+        if origin is not None and (right.dim() > 2 or self._scores.get(mixed) is not None):
+            self._recording.count("softmax and product", origin)
+            self._plain.discard(origin)
+            self._recording.audit.plain_softmaxes = len(self._plain)
         elif not self._is_weight(left) and not self._is_weight(right):
-            self._scores.add(result)
+            self._origins += 1
+            self._scores.add(result, self._origins)
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return tensor.layout == torch.strided and tensor.untyped_storage()._cdata in self._weights
@@ -115,20 +137,37 @@ class Audit(TorchDispatchMode):
     def _follow(self, kind: str, args: tuple[Any, ...], result: Any) -> None:
         if not isinstance(result, Tensor):
             return
-        sources = [each for each in _flat(args[:3]) if isinstance(each, Tensor)]
-        if kind == "both" and any(source in self._probabilities for source in sources):
-            self._probabilities.add(result)
-        if any(source in self._scores for source in sources):
-            self._scores.add(result)
+        for source in _flat(args[:3]):
+            for marks in (self._probabilities, self._scores) if kind == "both" else (self._scores,):
+                origin = marks.get(source)
+                if origin is not None:
+                    marks.add(result, origin)
+
+
+with torch.inference_mode():
+    _INCLUDED, _EXCLUDED = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+def _inference_keys() -> AbstractContextManager[Any]:
+    """Dispatch as inference mode does outside a dispatch mode.
+
+    In inference mode composite operators reach a dispatch mode whole, with the autograd keys off; `linear` then reads
+    another `requires_grad` from its weight and chooses another product, which differs in the last bit (torch 2.13).
+    """
+    return torch._C._ForceDispatchKeyGuard(_INCLUDED | torch._C._dispatch_tls_local_include_set(), _EXCLUDED)
 
 
 def _flat(values: Any) -> list[Any]:
     return [item for value in values for item in (value if isinstance(value, list | tuple) else (value,))]
 
 
-def _kind(func: Any) -> str:
+def _name(func: Any) -> str:
     schema = getattr(func, "_schema", None)
-    name = schema.name if schema is not None else str(func)
+    return schema.name if schema is not None else str(func)
+
+
+def _kind(func: Any) -> str:
+    name = _name(func)
     base = name.removesuffix("_")
     if name in SOFTMAXES:
         return "softmax"

@@ -22,8 +22,8 @@ Index: TypeAlias = "slice | int | Sequence[int] | Tensor"
 
 ALL = slice(None)
 
-# Additive masks hold finfo.min, -inf, -1e9 or -1e4, by family. exp(-9e3) is zero in every floating type, so that reading
-# such an entry as "masked" changes nothing but rows that are masked as a whole.
+# Additive masks hold finfo.min, -inf, -1e9 or -1e4, by family. exp(-9e3) is zero in every floating type, so that
+# reading such an entry as "masked" changes nothing but rows that are masked as a whole.
 MASKED_BELOW = -9e3
 
 _QUIET: ContextVar[bool] = ContextVar("attnscope_quiet", default=False)
@@ -136,7 +136,8 @@ class AttentionCall:
                 return self.probabilities[:, heads][:, :, rows].float()
             scores = self._scores(rows, heads)
             if self.sinks is not None:
-                return _zero_where_empty(torch.exp(scores - self._log_normaliser(scores, heads)), scores)
+                sinks = self.sinks.float()[heads].view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+                return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
             return _zero_where_empty(torch.softmax(scores, dim=-1), scores)
 
     def row_valid(self) -> Tensor:

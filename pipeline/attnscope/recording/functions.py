@@ -9,39 +9,25 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from attnscope.recording import provenance
-from attnscope.recording.calls import AttentionCall, quietly
-from attnscope.recording.provenance import Axes, Scores, regroup_lead
-from attnscope.recording.state import Frame, Recording, observing
+from attnscope.recording.calls import quietly
+from attnscope.recording.equations import Equation, Mixing, arranged, mixing, parse, query_and_key
+from attnscope.recording.finishing import Probabilities, finish, kernel_of, record, record_alone
+from attnscope.recording.layouts import layout_of
+from attnscope.recording.provenance import Scores
+from attnscope.recording.state import Frame, Recording, Softmax, observing
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-
-
-@dataclass(eq=False)
-class Probabilities:
-    """A softmax over keys on its way to the value: (*lead, query_token, key_token), or swapped where `flipped`.
-
-    `scores` is None where the trail is broken; `altered` where the probabilities were multiplied or cut, `dropped`
-    where dropout ran on them.
-    """
-
-    tensor: Tensor
-    scores: Scores | None
-    frame: Frame | None
-    flipped: bool = False
-    altered: bool = False
-    dropped: bool = False
 
 
 Tag = Scores | Probabilities
@@ -87,28 +73,15 @@ class FunctionTap(TorchFunctionMode):
             return func(*args, **kwargs)
         return handler(self, func, args, kwargs)
 
-    def frame(self) -> Frame | None:
-        """The innermost module of the model that is more than one torch function."""
-        for frame in reversed(self.recording.frames):
-            if not isinstance(frame.module, nn.Softmax | nn.Dropout):
-                return frame
-        return None
 
+def settle(recording: Recording, frame: Frame) -> None:
+    """A module is done: record the softmaxes in it that no product consumed, as far as they are attention.
 
-def flush(recording: Recording, frame: Frame) -> None:
-    """Record the softmaxes of an attention module which no product consumed, as probabilities alone."""
-    for pending in frame.unconsumed:
-        assert isinstance(pending, Probabilities)
-        if frame.name is None:
-            continue
-        with quietly():
-            shown = _four(pending.tensor)
-
-        def make(name: str, number: int, index: int, shown: Tensor = shown) -> AttentionCall:
-            nothing = (None, None, None, None)
-            return AttentionCall(name, number, index, "own code", "function", *nothing, probabilities=shown.detach())
-
-        recording.add(frame.name, make)
+    They are where the module is named so, or where the audit saw a product whose operand the trail had lost.
+    """
+    for origin in frame.softmaxes:
+        if not origin.done and ("Attention" in type(frame.module).__name__ or recording.is_missed(origin.tensor)):
+            record_alone(recording, origin)
 
 
 # -- what the tap does at each function --------------------------------------------------------------------------------
@@ -119,21 +92,27 @@ def _multiply(tap: FunctionTap, func: Any, args: Args, kwargs: Kwargs) -> Any:
     left, right = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values()), None)
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return func(*args, **kwargs)
-    for probabilities, value, second in ((left, right, False), (right, left, True)):
-        tag = tap.tags.get(probabilities)
-        if isinstance(tag, Probabilities) and tag.flipped == second and _is_mixing(tag, left, right):
-            return _finish_product(tap, tag, probabilities, value, second, lambda: func(*args, **kwargs))
+    for operand, second in ((left, False), (right, True)):
+        found = tap.tags.get(operand)
+        if isinstance(found, Probabilities) and found.flipped == second and _is_mixing(found, left, right):
+            with tap.recording.inside():
+                result = func(*args, **kwargs)
+            if not second:
+                return finish(tap.recording, found, left, right, result)
+            # value^T @ probabilities^T
+            return finish(tap.recording, found, right.mT, left.mT, result.mT).mT
     result = func(*args, **kwargs)
     if left.dim() >= 2 and right.dim() >= 2 and isinstance(result, Tensor):
         tap.tags.set(result, provenance.product(left, right.transpose(-1, -2), result.shape))
     return result
 
 
-def _is_mixing(tag: Probabilities, left: Tensor, right: Tensor) -> bool:
+def _is_mixing(found: Probabilities, left: Tensor, right: Tensor) -> bool:
     """Whether the product mixes values, not features: its other side is not a plain matrix of weights."""
     if left.dim() > 2 and right.dim() > 2:
         return True
-    return tag.scores is not None and not tag.scores.weighted
+    scores = found.origin.scores
+    return isinstance(scores, Scores) and not scores.weighted
 
 
 def _multiply_add(tap: FunctionTap, func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -154,19 +133,47 @@ def _multiply_add(tap: FunctionTap, func: Any, args: Args, kwargs: Kwargs) -> An
 
 def _einsum(tap: FunctionTap, func: Any, args: Args, kwargs: Kwargs) -> Any:
     operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
-    if not isinstance(args[0], str) or len(operands) != 2:
+    equation = parse(args[0], operands) if isinstance(args[0], str) and len(operands) == 2 else None
+    if equation is None:
         return func(*args, **kwargs)
-    labels = _labels(args[0], operands)
-    for probabilities, value, order in ((operands[0], operands[1], (0, 1)), (operands[1], operands[0], (1, 0))):
-        tag = tap.tags.get(probabilities)
-        if isinstance(tag, Probabilities) and labels is not None:
-            sides = labels[order[0]], labels[order[1]], labels[2]
-            if (axes := _mixing_axes(*sides, tag)) is not None:
-                return _finish_einsum(tap, tag, (probabilities, value), sides, axes, lambda: func(*args, **kwargs))
+    for sides, pair in ((equation, operands), (equation.swapped, operands[::-1])):
+        found = tap.tags.get(pair[0])
+        roles = mixing(sides, found.flipped) if isinstance(found, Probabilities) else None
+        if isinstance(found, Probabilities) and roles is not None:
+            with tap.recording.inside():
+                result = func(*args, **kwargs)
+            return _finish_einsum(tap, found, pair, sides, roles, result)
     result = func(*args, **kwargs)
-    if labels is not None:
-        tap.tags.set(result, _einsum_scores(operands[0], operands[1], *labels, shape=result.shape))
+    with quietly():
+        pair = query_and_key(equation, operands)
+    if pair is not None:
+        tap.tags.set(result, provenance.product(*pair, result.shape))
     return result
+
+
+def _finish_einsum(
+    tap: FunctionTap,
+    found: Probabilities,
+    operands: Sequence[Tensor],
+    equation: Equation,
+    roles: Mixing,
+    result: Tensor,
+) -> Tensor:
+    order = [equation.out.index(label) for label in (*roles.lead, roles.query, *roles.channel)]
+    moved = result.permute(order)
+    lead = len(roles.lead)
+    with quietly():
+        actual = operands[0].permute([equation.left.index(label) for label in (*roles.lead, roles.query, roles.key)])
+        value = arranged(operands[1], equation.right, roles.lead, roles.key, roles.channel)
+    try:
+        flat = moved.view(*moved.shape[: lead + 1], -1)
+    except RuntimeError:
+        finish(tap.recording, found, actual, value, moved.flatten(lead + 1).detach())
+        return result
+    routed = finish(tap.recording, found, actual, value, flat)
+    if routed is flat:
+        return result
+    return routed.view(moved.shape).permute([order.index(axis) for axis in range(len(order))])
 
 
 def _softmax(tap: FunctionTap, func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -177,12 +184,12 @@ def _softmax(tap: FunctionTap, func: Any, args: Args, kwargs: Kwargs) -> Any:
         return result
     tag = tap.tags.get(scores)
     over_keys = dim in (-1, scores.dim() - 1)
-    trail = tag if isinstance(tag, Scores) and over_keys and not tag.squashed else None
-    frame = tap.frame()
-    pending = Probabilities(result, trail, frame, flipped=dim in (-2, scores.dim() - 2))
-    tap.tags.set(result, pending)
-    if frame is not None and frame.name is not None and "Attention" in type(frame.module).__name__:
-        frame.unconsumed.append(pending)
+    trail = tag if isinstance(tag, Scores) and over_keys and not tag.squashed and tag.split is None else None
+    frame = tap.recording.frame()
+    origin = Softmax(result, trail, frame)
+    if frame is not None:
+        frame.softmaxes.append(origin)
+    tap.tags.set(result, Probabilities(origin, flipped=dim in (-2, scores.dim() - 2)))
     return result
 
 
@@ -193,25 +200,25 @@ def _fused(tap: FunctionTap, func: Any, args: Args, kwargs: Kwargs) -> Any:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = dict(zip(names, args, strict=False)) | kwargs
     query, key, value = given["query"], given["key"], given["value"]
-    frame = tap.frame()
+    frame = tap.recording.frame()
     name = "" if frame is None else frame.name
     if name is None:
         return output
-    lead = tuple(output.shape[:-2])
-    layout = _layout(lead, frame)
+    layout = layout_of(tuple(output.shape[:-2]), None if frame is None else frame.module)
+    routed, shown = layout.route(output)
     scale = given.get("scale")
     mask = given.get("attn_mask")
     with quietly():
         fields = {
-            "query": _canonical(query, lead, layout),
-            "key": _canonical(key, lead, layout),
-            "value": _canonical(value, lead, layout),
-            "mask": None if mask is None else _canonical(mask, lead, layout),
+            "query": layout.canonical(query),
+            "key": layout.canonical(key),
+            "value": layout.canonical(value),
+            "output": shown,
+            "mask": None if mask is None else layout.canonical(mask),
             "causal": bool(given.get("is_causal", False)),
             "scale": query.shape[-1] ** -0.5 if scale is None else float(scale),
         }
-    routed, shown = _route(output, lead, layout)
-    _record(tap, name, _kernel(frame, "sdpa"), shown, fields)
+    record(tap.recording, name, kernel_of(frame, "sdpa"), fields)
     return routed
 
 
@@ -248,8 +255,9 @@ def _carried(tag: Probabilities, source: Tensor, args: Args, kwargs: Kwargs, res
     if alters == "axes":
         return _permuted_probabilities(tag, source, result)
     if alters == "part" and result.shape != source.shape:
-        return replace(tag, altered=True)
-    return replace(tag)
+        # A sink's column may be cut off; less than that is a part of the keys.
+        return replace(tag, altered=True, cut=tag.cut or source.shape[-1] - result.shape[-1] > 1)
+    return tag
 
 
 def _permuted_probabilities(tag: Probabilities, source: Tensor, result: Tensor) -> Probabilities:
@@ -337,284 +345,13 @@ def _rule_same(scores: Scores, others: Args, kwargs: Kwargs, result: Tensor) -> 
     return scores if _same_size(scores, result) and result.is_floating_point() else None
 
 
+def _rule_larger(scores: Scores, others: Args, kwargs: Kwargs, result: Tensor) -> Scores | None:
+    """max(scores, finfo.min), as XGLM writes it."""
+    return scores if len(others) == 1 and isinstance(others[0], Tensor) and others[0].numel() == 1 else None
+
+
 def _same_size(scores: Scores, result: Tensor) -> bool:
     return tuple(result.shape) == scores.size
-
-
-# -- finishing a call --------------------------------------------------------------------------------------------------
-
-
-def _finish_product(
-    tap: FunctionTap, tag: Probabilities, probabilities: Tensor, value: Tensor, second: bool, run: Callable[[], Tensor]
-) -> Any:
-    """Record probabilities @ value, or value^T @ probabilities^T where the probabilities came `second`."""
-    with tap.recording.inside():
-        result = run()
-    shown = probabilities.mT if tag.flipped else probabilities
-    value = value.mT if second else value
-    lead = tuple(result.shape[:-2])
-    back = (lambda out: out.mT) if second else None
-    return _finish(tap, tag, shown, value, result, lead, back)
-
-
-def _finish(
-    tap: FunctionTap,
-    tag: Probabilities,
-    probabilities: Tensor,
-    value: Tensor,
-    result: Tensor,
-    lead: Axes,
-    flip: Callable[[Tensor], Tensor] | None = None,
-) -> Any:
-    _consume(tag)
-    name = "" if tag.frame is None else tag.frame.name
-    if name is None:
-        return result
-    layout = _layout(lead, tag.frame)
-    routed, shown = _route(result if flip is None else flip(result), lead, layout)
-    with quietly():
-        fields: Kwargs = {"value": _canonical(value, lead, layout)}
-        fields |= _explained(tag, _canonical(probabilities, lead, layout), lead, layout)
-    _record(tap, name, _kernel(tag.frame, "own code"), shown, fields)
-    return routed if flip is None else flip(routed)
-
-
-def _consume(tag: Probabilities) -> None:
-    """Forget the softmax that `tag` was carried from in its module's list of unconsumed ones."""
-    if tag.frame is not None:
-        waiting = tag.frame.unconsumed
-        waiting[:] = [each for each in waiting if isinstance(each, Probabilities) and each.tensor is not tag.tensor]
-
-
-def _record(tap: FunctionTap, name: str, kernel: str, output: Tensor, fields: Kwargs) -> None:
-    tier = "multihead" if kernel == "MultiheadAttention" else "function"
-    query, key = fields.pop("query", None), fields.pop("key", None)
-    value = fields.pop("value")
-
-    def make(name: str, number: int, index: int) -> AttentionCall:
-        return AttentionCall(name, number, index, kernel, tier, query, key, value, output, **fields)
-
-    tap.recording.add(name, make)
-
-
-def _kernel(frame: Frame | None, kernel: str) -> str:
-    return "MultiheadAttention" if frame is not None and isinstance(frame.module, nn.MultiheadAttention) else kernel
-
-
-# The product of half-precision queries and keys is rounded before the softmax in eager code: an error of eps |score|.
-BASE_ERROR = {torch.float64: 2e-6, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-ROWS_PROVEN = 16
-
-
-def _explained(tag: Probabilities, actual: Tensor, lead: Axes, layout: _Layout) -> Kwargs:
-    """Recipe fields where they reproduce the probabilities, otherwise the probabilities (and query and key if known)."""
-    if tag.scores is None:
-        return {"probabilities": actual.detach()}
-    try:
-        fields = provenance.recipe(_laid_out(tag.scores, lead, layout), layout.canonical(lead))
-    except RuntimeError:
-        return {"probabilities": actual.detach()}
-    compared = _canonical(_unflipped(tag), lead, layout) if tag.dropped else actual
-    if not (tag.altered and tag.dropped) and _reproduces(fields, compared):
-        return fields
-    return {"query": fields["query"], "key": fields["key"], "probabilities": actual.detach()}
-
-
-def _unflipped(tag: Probabilities) -> Tensor:
-    return tag.tensor.mT if tag.flipped else tag.tensor
-
-
-def _reproduces(fields: Kwargs, actual: Tensor) -> bool:
-    """Whether the recipe gives the actual probabilities on rows spread evenly, those without a valid key left out."""
-    tensors = {"value": None, "output": None} | fields
-    call = AttentionCall("", 0, 0, "", "", **tensors)
-    if tuple(actual.shape) != call.shape:
-        return False
-    queries = actual.shape[2]
-    rows = torch.linspace(0, queries - 1, min(queries, ROWS_PROVEN)).round().long().to(actual.device)
-    scores = call.scores(rows)
-    difference = (call.attention(rows) - actual[:, :, rows].float()).abs()
-    valid = (scores > float("-inf")).any(dim=-1, keepdim=True)
-    largest = scores.masked_fill(scores == float("-inf"), 0.0).abs().max()
-    # Sums may have been rounded in the narrower of the types on the way.
-    dtype = min((actual.dtype, call.query.dtype), key=lambda dtype: -torch.finfo(dtype).eps)  # type: ignore[union-attr]
-    limit = BASE_ERROR.get(dtype, 8e-3) + 4 * torch.finfo(dtype).eps * largest
-    return not bool((difference.masked_fill(~valid, 0.0).amax() > limit).item())
-
-
-# -- layouts -----------------------------------------------------------------------------------------------------------
-
-HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "num_head")
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How leading axes become (batch, head): the axis `head_axis` is moved last, the others merge into the batch.
-
-    `head_axis` None: one leading axis holds batch * `heads`.
-    """
-
-    head_axis: int | None
-    heads: int
-
-    def canonical(self, lead: Axes) -> Axes:
-        return prod(lead) // self.heads, self.heads
-
-
-def _layout(lead: Axes, frame: Frame | None) -> _Layout:
-    heads = _head_count(frame)
-    if len(lead) >= 2:
-        axis = 1 if len(lead) > 2 and lead[-1] != heads and lead[1] == heads else len(lead) - 1
-        return _Layout(axis, lead[axis])
-    if len(lead) == 1 and heads and lead[0] % heads == 0:
-        return _Layout(None, heads)
-    return _Layout(None, 1)
-
-
-def _head_count(frame: Frame | None) -> int | None:
-    module = None if frame is None else frame.module
-    for name in HEAD_COUNTS:
-        count = getattr(module, name, None)
-        if isinstance(count, int) and not isinstance(count, bool) and count > 0:
-            return count
-    return None
-
-
-def _order(lead: Axes, layout: _Layout) -> tuple[int, ...] | None:
-    """Permutation of (*lead, a, b) that puts the heads last among the leading axes; None when they are."""
-    if layout.head_axis is None or layout.head_axis == len(lead) - 1:
-        return None
-    others = [axis for axis in range(len(lead)) if axis != layout.head_axis]
-    return (*others, layout.head_axis, len(lead), len(lead) + 1)
-
-
-def _laid_out(scores: Scores, lead: Axes, layout: _Layout) -> Scores:
-    order = _order(lead, layout)
-    regrouped = replace(scores, lead=lead)
-    if order is None:
-        return regrouped
-    permuted = provenance.permute(regrouped, order)
-    assert permuted is not None
-    return permuted
-
-
-def _canonical(tensor: Tensor, lead: Axes, layout: _Layout) -> Tensor:
-    """A tensor broadcastable to (*lead, a, b), as (batch, head, a, b) or broadcastable to it."""
-    order = _order(lead, layout)
-    if order is not None:
-        tensor = tensor.reshape((1,) * (len(order) - tensor.dim()) + tuple(tensor.shape)).permute(order)
-        lead = tuple(lead[axis] for axis in order[:-2])
-    return _four(regroup_lead(tensor, lead, layout.canonical(lead)))
-
-
-def _four(tensor: Tensor) -> Tensor:
-    return tensor.reshape((*(1,) * (4 - tensor.dim()), *tensor.shape)) if tensor.dim() <= 4 else tensor.flatten(0, -4)
-
-
-def _route(output: Tensor, lead: Axes, layout: _Layout) -> tuple[Tensor, Tensor]:
-    """The output for the model, and the same as (batch, query_token, head, value_channel) on its way in the graph.
-
-    Views only, so that what the model goes on with has the same values, strides and storage, and depends on what is
-    recorded. Where no view exists, what is recorded is a copy outside the graph.
-    """
-    order = _order(lead, layout)
-    try:
-        moved = output if order is None else output.permute(order)
-        shown = moved.view(*layout.canonical(lead), *output.shape[-2:]).transpose(1, 2)
-    except RuntimeError:
-        with quietly():
-            return output, _canonical(output, lead, layout).transpose(1, 2)
-    back = shown.transpose(1, 2).view(moved.shape)
-    if order is not None:
-        back = back.permute(tuple(order.index(axis) for axis in range(len(order))))
-    return (back if output.requires_grad else output), shown
-
-
-# -- einsum ------------------------------------------------------------------------------------------------------------
-
-
-def _labels(equation: str, operands: Sequence[Tensor]) -> tuple[str, str, str] | None:
-    """Labels of both operands and of the result, an ellipsis written out; None where the equation is not of that kind."""
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    parts = inputs.split(",")
-    if not arrow or len(parts) != 2:
-        return None
-    spare = [letter for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if letter not in equation]
-    counts = [operand.dim() - len(part.replace("...", "")) for part, operand in zip(parts, operands, strict=True)]
-    widest = max((count for part, count in zip(parts, counts, strict=True) if "..." in part), default=0)
-    letters = "".join(spare[:widest])
-    left, right = (
-        part.replace("...", letters[widest - count :] if count else "")
-        for part, count in zip(parts, counts, strict=True)
-    )
-    output = output.replace("...", letters)
-    return None if any(len(set(part)) < len(part) for part in (left, right, output)) else (left, right, output)
-
-
-def _einsum_scores(left: Tensor, right: Tensor, first: str, second: str, out: str, shape: torch.Size) -> Scores | None:
-    """Scores where the result ends in one axis of each operand: (batch axes, query_token, key_token)."""
-    if len(out) < 2 or len(shape) != len(out):
-        return None
-    lead, last = out[:-2], out[-2:]
-    if last[0] in second and last[1] in first and last[0] not in first and last[1] not in second:
-        left, right, first, second = right, left, second, first
-    if last[0] not in first or last[0] in second or last[1] not in second or last[1] in first:
-        return None
-    channel = "".join(label for label in first if label in second and label not in out)
-    if set(first) - set(lead + last + channel) or set(second) - set(lead + last + channel) or not channel:
-        return None
-    with quietly():
-        query = _arranged(left, first, lead, last[0], channel)
-        key = _arranged(right, second, lead, last[1], channel)
-    return provenance.product(query, key, shape)
-
-
-def _arranged(tensor: Tensor, labels: str, lead: str, token: str, channel: str) -> Tensor:
-    """Axes in the order (lead, token, channel), length one where the operand lacks a leading axis."""
-    present = [label for label in lead if label in labels]
-    tensor = tensor.permute([labels.index(label) for label in (*present, token, *channel)])
-    for place, label in enumerate(lead):
-        if label not in labels:
-            tensor = tensor.unsqueeze(place)
-    return tensor.flatten(len(lead) + 1)
-
-
-def _mixing_axes(first: str, second: str, out: str, tag: Probabilities) -> tuple[str, str, str, str] | None:
-    """(leading, query_token, key_token, value_channel) labels where the einsum mixes values by the probabilities."""
-    if len(first) < 2:
-        return None
-    query, key = (first[-1], first[-2]) if tag.flipped else (first[-2], first[-1])
-    lead = first[:-2]
-    channel = "".join(label for label in out if label in second and label not in first)
-    if key in out or key not in second or query not in out or query in second or any(each not in out for each in lead):
-        return None
-    return (lead, query, key, channel) if channel and set(out) == set(lead + query + channel) else None
-
-
-def _finish_einsum(
-    tap: FunctionTap,
-    tag: Probabilities,
-    operands: tuple[Tensor, Tensor],
-    labels: tuple[str, str, str],
-    axes: tuple[str, str, str, str],
-    run: Callable[[], Tensor],
-) -> Any:
-    lead, query, key, channel = axes
-    first, second, out = labels
-    with tap.recording.inside():
-        result = run()
-    order = [out.index(label) for label in (*lead, query, *channel)]
-    arranged = result.permute(order)
-    sizes = arranged.shape[len(lead) + 1 :]
-    with quietly():
-        probabilities = operands[0].permute([first.index(label) for label in (*lead, query, key)])
-        value = _arranged(operands[1], second, lead, key, channel)
-    flat = arranged.flatten(len(lead) + 1) if len(channel) > 1 else arranged
-    routed = _finish(tap, tag, probabilities, value, flat, tuple(flat.shape[: len(lead)]))
-    if routed is flat or (len(channel) > 1 and not flat._is_view()):
-        return result
-    routed = routed.unflatten(len(lead) + 1, sizes) if len(channel) > 1 else routed
-    return routed.permute([order.index(axis) for axis in range(len(order))])
 
 
 # -- torch.nn.functional.multi_head_attention_forward -----------------------------------------------------------------
@@ -640,6 +377,8 @@ _DIVIDE, _MINUS = _follow(_rule_divide, alters="values"), _follow(_rule_minus, a
 _MASKED = _follow(_rule_masked_fill, alters="masked")
 _TRANSPOSE = _follow(_rule_transpose, alters="axes")
 
+_LARGER = _follow(_rule_larger, alters="values")
+
 T = Tensor
 HANDLERS: dict[Any, Callable[[FunctionTap, Any, Args, Kwargs], Any]] = {
     **dict.fromkeys((torch.matmul, T.matmul, T.__matmul__, torch.bmm, T.bmm, torch.mm, T.mm), _multiply),
@@ -664,6 +403,7 @@ HANDLERS: dict[Any, Callable[[FunctionTap, Any, Args, Kwargs], Any]] = {
     **dict.fromkeys((T.to, T.float, T.half, T.bfloat16, T.double, T.type, T.type_as, T.contiguous, T.clone), _SAME),
     **dict.fromkeys((torch.clone, T.clamp, torch.clamp, T.clip, T.detach, T.requires_grad_, T.cpu, T.cuda), _SAME),
     **dict.fromkeys((T.nan_to_num, torch.nan_to_num), _SAME),
+    **dict.fromkeys((torch.max, T.max, torch.maximum, T.maximum), _LARGER),
     T.__getitem__: _follow(_rule_same, alters="part"),
     **dict.fromkeys((T.expand, T.expand_as), _follow(_rule_same, alters="part")),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -238,4 +239,4 @@ def _reproduces_output(call: AttentionCall) -> bool:
     rows = torch.linspace(0, queries - 1, min(queries, ROWS_VERIFIED)).long().unique().to(call.query.device)
     limit = max(1.0, float(call.output.detach().abs().max())) * TOLERANCE.get(call.output.dtype, 1e-1)
     error = call.output_error(rows)
-    return error <= limit or error != error
+    return error <= limit or math.isnan(error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -68,17 +69,16 @@ def tapped_layer(original: Callable[..., Any]) -> Callable[..., Any]:
         recordings = _watching()
         if not recordings or not _may_leave_python(self, (src,)):
             return original(self, src, src_mask, src_key_padding_mask, is_causal)
-        before = [each.numbers[each.name_of(self.self_attn) or ""] for each in recordings]
-        for each in recordings:
-            each.undecided = []
-        try:
-            with torch._C.DisableTorchFunction():
-                result = original(self, src, src_mask, src_key_padding_mask, is_causal)
-        finally:
-            after = [each.numbers[each.name_of(self.self_attn) or ""] for each in recordings]
-            for each in recordings:
-                each.decide(recorded=before == after)
-        if before == after:
+        with ExitStack() as stack:
+            settled = [stack.enter_context(each.undecided()) for each in recordings]
+            before = [each.total for each in recordings]
+            stack.enter_context(torch._C.DisableTorchFunction())
+            result = original(self, src, src_mask, src_key_padding_mask, is_causal)
+            taken = before == [each.total for each in recordings]
+            if taken:
+                for settle in settled:
+                    settle()
+        if taken:
             with torch._C.DisableTorchFunction(), quietly():
                 states = self.norm1(_padded(src, recordings)) if self.norm_first else src
                 fields = _attention_fields(self.self_attn, (states,) * 3, src_key_padding_mask, src_mask, recordings)
@@ -117,8 +117,6 @@ def _watching() -> list[Recording]:
 
 
 def _inside(recordings: Iterable[Recording]) -> Any:
-    from contextlib import ExitStack
-
     stack = ExitStack()
     for each in recordings:
         stack.enter_context(each.inside())
@@ -220,7 +218,8 @@ def _extended(
     batch, head, _, channel = key.shape
     added = 0
     if module.bias_k is not None and module.bias_v is not None:
-        learned = (bias.reshape(1, head, 1, channel).expand(batch, -1, -1, -1) for bias in (module.bias_k, module.bias_v))
+        shape = (1, head, 1, channel)
+        learned = [bias.reshape(shape).expand(batch, -1, -1, -1) for bias in (module.bias_k, module.bias_v)]
         key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), learned, strict=True))
         added += 1
     if module.add_zero_attn:

@@ -1,8 +1,9 @@
 """Where attention probabilities came from: what own attention code did between query, key and softmax.
 
-A `Scores` says that a tensor equals scale * query key^T, perhaps squashed, plus terms, with some entries masked. Each
-rule below follows one operation and gives the new `Scores`, or None where the operation leads out of this form. Leading
-axes (all but the last two) are only regrouped when somebody asks for a layout, so that nothing large is copied on the way.
+A `Scores` says that a tensor equals scale * query key^T, perhaps squashed, plus terms, with some entries masked.
+Each rule below follows one operation and gives the new `Scores`, or None where the operation leads out of this form.
+Leading axes (all but the last two) are only regrouped when somebody asks for a layout, so that nothing large is copied
+on the way.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Scores:
     """scale * query key^T (softcap * tanh(. / softcap) where set) + terms, masked where a `keeps` is False.
 
     `query` (*product_lead, query_token, channel) and `key` (*product_lead or broadcastable, key_token, channel) as they
-    entered the product; `lead` is the leading shape of the tensor described.
+    entered the product; `lead` is the leading shape of the tensor described. `split` is its whole shape while query and
+    key tokens are spread over several axes each (rows and columns of a grid).
     """
 
     query: Tensor
@@ -45,10 +47,15 @@ class Scores:
     terms: tuple[Term, ...] = ()
     keeps: tuple[Term, ...] = ()
     weighted: bool = False
+    split: Axes | None = None
+
+    @property
+    def plain_size(self) -> Axes:
+        return (*self.lead, self.query.shape[-2], self.key.shape[-2])
 
     @property
     def size(self) -> Axes:
-        return (*self.lead, self.query.shape[-2], self.key.shape[-2])
+        return self.plain_size if self.split is None else self.split
 
 
 def product(query: Tensor, key: Tensor, shape: torch.Size, scale: float = 1.0) -> Scores:
@@ -75,7 +82,7 @@ def times(scores: Scores, factor: float | Tensor) -> Scores | None:
 
 
 def _times_tensor(scores: Scores, factor: Tensor) -> Scores | None:
-    if scores.softcap is not None or scores.squashed:
+    if scores.softcap is not None or scores.squashed or scores.split is not None:
         return None
     if factor.dim() and factor.shape[-1] != 1:
         # Only a 0/1 mask makes sense here (openai-gpt: w * b - 1e4 * (1 - b)); anything else fails the later proof.
@@ -87,11 +94,20 @@ def _times_tensor(scores: Scores, factor: Tensor) -> Scores | None:
 
 def plus(scores: Scores, term: float | Tensor, factor: float = 1.0) -> Scores | None:
     """Addition of a bias or mask; what is constant over keys leaves the softmax as it is."""
-    if not isinstance(term, Tensor) or term.dim() == 0 or term.shape[-1] == 1 < scores.size[-1]:
-        return None if scores.squashed else scores
-    if scores.squashed or term.dim() > len(scores.size):
+    if scores.squashed:
         return None
-    return replace(scores, terms=(*scores.terms, Term(term, scores.lead, factor)))
+    if not isinstance(term, Tensor) or term.dim() == 0:
+        return scores
+    if term.dim() > len(scores.size):
+        return None
+    if scores.split is None and term.shape[-1] == 1 < scores.size[-1]:
+        return scores
+    return replace(scores, terms=(*scores.terms, Term(_joined(scores, term), scores.lead, factor)))
+
+
+def _joined(scores: Scores, term: Tensor) -> Tensor:
+    """A term over several query and key axes, with one axis each."""
+    return term if scores.split is None else term.expand(scores.split).reshape(scores.plain_size)
 
 
 def squash(scores: Scores) -> Scores | None:
@@ -104,18 +120,26 @@ def keep(scores: Scores, where: Tensor) -> Scores | None:
     """Masking: the entries where the boolean tensor is False become too small to matter."""
     if scores.squashed or where.dtype != torch.bool or where.dim() > len(scores.size):
         return None
-    return replace(scores, keeps=(*scores.keeps, Term(where, scores.lead)))
+    return replace(scores, keeps=(*scores.keeps, Term(_joined(scores, where), scores.lead)))
 
 
 def regroup(scores: Scores, shape: torch.Size) -> Scores | None:
-    """Reshape that leaves the last two axes alone."""
-    return replace(scores, lead=tuple(shape[:-2])) if tuple(shape[-2:]) == scores.size[-2:] else None
+    """Reshape that regroups leading axes, or spreads query and key tokens over several axes each."""
+    if tuple(shape[-2:]) == scores.plain_size[-2:]:
+        return replace(scores, lead=tuple(shape[:-2]), split=None)
+    *lead, queries, keys = scores.plain_size
+    for middle in range(1, len(shape)):
+        for start in range(middle):
+            sizes = prod(shape[:start]), prod(shape[start:middle]), prod(shape[middle:])
+            if sizes == (prod(lead), queries, keys):
+                return replace(scores, split=tuple(shape))
+    return None
 
 
 def permute(scores: Scores, order: Axes) -> Scores | None:
     """Permutation of leading axes, with or without swapping the roles of query and key."""
     last = len(order) - 2
-    if set(order[last:]) != {last, last + 1}:
+    if scores.split is not None or set(order[last:]) != {last, last + 1}:
         return None
     scores = _at(scores, scores.lead)
     swapped = order[last] == last + 1
@@ -215,15 +239,13 @@ def recipe(scores: Scores, lead: Axes) -> dict[str, object]:
     mask, bias = None, None
     for term in scores.keeps:
         mask = term.tensor if mask is None else mask & term.tensor
-    for term in scores.terms:
-        value = term.tensor if term.factor == 1.0 else _scaled(term)
-        if bias is not None and mask is None:
-            # Where nothing else masks, the last of several terms is the mask of the layer, the others its bias.
-            bias, mask = _sum(bias, None), value
-            continue
-        bias = _sum(bias, value)
-    if bias is not None and mask is None:
-        bias, mask = None, bias
+    # finfo.min times a factor above one overflows to -inf, which masks as well.
+    values = [term.tensor if term.factor == 1.0 else term.tensor * term.factor for term in scores.terms]
+    if mask is None and values:
+        # Where nothing else masks, the last term is the layer's mask and what came before it a bias.
+        mask = values.pop()
+    for value in values:
+        bias = value if bias is None else bias + value
     query, key = (_four(tensor) for tensor in (scores.query, scores.key))
     return {
         "query": query.expand(lead[0], lead[1], *query.shape[2:]),
@@ -233,17 +255,6 @@ def recipe(scores: Scores, lead: Axes) -> dict[str, object]:
         "scale": scores.scale,
         "softcap": scores.softcap,
     }
-
-
-def _scaled(term: Term) -> Tensor:
-    # finfo.min times a factor above one would overflow to -inf, which masks as well.
-    return term.tensor * term.factor
-
-
-def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    if left is None or right is None:
-        return left if right is None else right
-    return left + right
 
 
 def _four(tensor: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ def recording(
             OPEN.remove(rec)
             ACTIVE.reset(token)
             tap.tags.clear()
+            rec.close()
     _raise_unrecorded(rec)
 
 
@@ -174,8 +175,8 @@ def _traced_call(original: Callable[..., Any]) -> Callable[..., Any]:
             raise
         for each in recordings:
             frame = each.leave()
-            if frame.unconsumed:
-                functions.flush(each, frame)
+            if frame.softmaxes:
+                functions.settle(each, frame)
         return result
 
     return __call__

@@ -43,7 +43,17 @@ class Frame:
 
     module: nn.Module
     name: str | None
-    unconsumed: list[object] = field(default_factory=list)
+    softmaxes: list[Softmax] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Softmax:
+    """A softmax that own code ran: its result, its `Scores` if they are known, and whether a call has it (`done`)."""
+
+    tensor: Tensor
+    scores: object
+    frame: Frame | None
+    done: bool = False
 
 
 class Recording:
@@ -57,9 +67,12 @@ class Recording:
         self.lost: set[str] = set()
         self._names = {id(module): _plain_name(name) for name, module in model.named_modules()}
         self._on_call = on_call
-        self.numbers: Counter[str] = Counter()
+        self.total = 0
+        self._numbers: Counter[str] = Counter()
         self.padded_shape: torch.Size | None = None
-        self.undecided: list[tuple[str, str]] | None = None
+        self.origin_of: Callable[[Tensor], int | None] = lambda _: None
+        self._counted: set[int] = set()
+        self._missed: dict[int, tuple[str, str]] = {}
         self._inside = 0
 
     def __iter__(self) -> Iterator[AttentionCall]:
@@ -84,6 +97,13 @@ class Recording:
         """Name of the innermost module under way; '' outside any module, None inside a foreign one."""
         return self.frames[-1].name if self.frames else ""
 
+    def frame(self) -> Frame | None:
+        """The innermost module under way that is more than one torch function."""
+        for frame in reversed(self.frames):
+            if not isinstance(frame.module, nn.Softmax | nn.Dropout | nn.Identity):
+                return frame
+        return None
+
     def enter(self, module: nn.Module) -> None:
         self.frames.append(Frame(module, self.name_of(module)))
 
@@ -105,32 +125,43 @@ class Recording:
     def is_inside(self) -> bool:
         return self._inside > 0
 
-    def count(self, kernel: str) -> None:
-        """An attention kernel ran in the module under way."""
+    def count(self, kernel: str, origin: int | None = None) -> None:
+        """An attention kernel ran in the module under way; `origin` names its softmax, which counts once."""
         name = self.where()
-        if name is None:
+        if name is None or origin in self._counted:
             return
-        self.audit.ran = (self.audit.ran or 0) + 1
-        if self.is_inside:
-            self.audit.recorded += 1
-        elif self.undecided is not None:
-            self.undecided.append((name, kernel))
-        else:
-            self.audit.unrecorded[name, kernel] += 1
+        origin = -1 - len(self._counted) if origin is None else origin
+        self._counted.add(origin)
+        if not self.is_inside:
+            self._missed[origin] = (name, kernel)
 
-    def decide(self, *, recorded: bool) -> None:
-        """Whether the kernels since `undecided` was opened belong to a recorded call."""
-        kernels, self.undecided = self.undecided or [], None
-        if recorded:
-            self.audit.recorded += len(kernels)
-        else:
-            self.audit.unrecorded.update(kernels)
+    def cover(self, probabilities: Tensor) -> None:
+        """A tap has recorded the softmax that gave these probabilities."""
+        origin = self.origin_of(probabilities)
+        if origin is not None:
+            self._missed.pop(origin, None)
+
+    def is_missed(self, probabilities: Tensor) -> bool:
+        """Whether the audit saw these probabilities consumed where no tap did."""
+        return self.origin_of(probabilities) in self._missed
+
+    @contextmanager
+    def undecided(self) -> Iterator[Callable[[], None]]:
+        """Gives what declares every kernel that ran here recorded after all."""
+        before = set(self._missed)
+        yield lambda: [self._missed.pop(origin) for origin in set(self._missed) - before] and None
+
+    def close(self) -> None:
+        self.audit.unrecorded = Counter(self._missed.values())
+        if self.audit.ran is not None:
+            self.audit.ran = len(self._counted)
+            self.audit.recorded = len(self._counted) - len(self._missed)
 
     def add(self, name: str, make: Callable[[str, int, int], AttentionCall]) -> None:
         """Record the call that `make` builds from its module name, its number and its index."""
-        index = sum(self.numbers.values())
-        call = make(name, self.numbers[name], index)
-        self.numbers[name] += 1
+        call = make(name, self._numbers[name], self.total)
+        self._numbers[name] += 1
+        self.total += 1
         if self._on_call is None:
             self.calls.append(_keepable(call))
         else:
