@@ -62,7 +62,10 @@ class Places:
 
 
 class Taker:
-    """Turns each recorded call of one batch into the wanted quantities and puts them into the block's buffer."""
+    """Turns each recorded call of one batch into the wanted quantities and puts them into the block's buffer.
+
+    `tokens` are the tokens of each stream that the batch had, padding included.
+    """
 
     def __init__(
         self, loaded: LoadedModel, run: Run, places: Places, buffer: BlockBuffer, batch: tuple[Sequence[int], Inputs]
@@ -76,6 +79,7 @@ class Taker:
         self._rules = RuleReader()
         self._parts: dict[tuple[str, int], dict[str, np.ndarray]] = {}
         self._ends: dict[tuple[str, int], tuple[int, int]] = {}
+        self.tokens: dict[str, int] = {}
 
     def __call__(self, call: AttentionCall, gradient: torch.Tensor | None = None) -> None:
         found = self._places.find(call)
@@ -89,6 +93,7 @@ class Taker:
         if is_part:
             self._add_part(call, site, layer, values)
             return
+        self._count(plan, call.shape[2], call.shape[3])
         if call.shape[0] != len(self._rows):
             raise RecordingError(
                 f"module {call.module!r} attends over a batch of {call.shape[0]} for {len(self._rows)} samples"
@@ -126,12 +131,18 @@ class Taker:
 
     def _add_part(self, call: AttentionCall, site: str, layer: int, values: Mapping[str, np.ndarray]) -> None:
         fold = fold_of(call, self._loaded, self._inputs) or self._behind_the_others(call, site, layer)
+        self._count(self._run.plan.sites[site], int(fold.queries.max()) + 1, int(fold.keys.max()) + 1)
         arrays = self._parts.setdefault((site, layer), {})
         sizes = self._run.plan.sizes(self._run.plan.sites[site])
         for name, part in values.items():
             if name not in arrays:
                 arrays[name] = _empty(name, len(self._rows), sizes, part.dtype)
             scatter(arrays[name], name, part, fold)
+
+    def _count(self, site: SitePlan, queries: int, keys: int) -> None:
+        """Keep in `tokens` how many tokens of each stream this batch has had."""
+        for stream, tokens in ((site.queries, queries), (site.keys, keys)):
+            self.tokens[stream] = max(tokens, self.tokens.get(stream, 0))
 
     def _behind_the_others(self, call: AttentionCall, site: str, layer: int) -> Fold:
         """The call's tokens follow those of the calls before it; the batch is one sample."""

@@ -342,10 +342,10 @@ def _extract_block(job: _Job, block: range) -> tuple[int, int]:
     with torch.random.fork_rng(devices=_cuda_devices(job.loaded)):
         torch.manual_seed(_SEED + block.start)
         for batch_rows, inputs in batches:
-            score = _run_batch(job, buffer, batch_rows, inputs)
+            score, counts = _run_batch(job, buffer, batch_rows, inputs)
             if score is not None:
                 scores[0, batch_rows] = score
-            for name, layout in _layouts(job, inputs).items():
+            for name, layout in _layouts(job, inputs, counts).items():
                 tokens[name].put(batch_rows, layout)
             if job.run.plan.thumbnails:
                 pictures[batch_rows] = _thumbnails(job, block, batch_rows, inputs)
@@ -427,8 +427,13 @@ def _collated(rows: Sequence[Inputs]) -> Inputs:
     return batch
 
 
-def _run_batch(job: _Job, buffer: BlockBuffer, rows: list[int], inputs: Inputs) -> np.ndarray | None:
-    """Forward one batch, and backward where gradients are wanted; every call goes into the buffer."""
+def _run_batch(
+    job: _Job, buffer: BlockBuffer, rows: list[int], inputs: Inputs
+) -> tuple[np.ndarray | None, Mapping[str, int]]:
+    """Forward one batch, and backward where gradients are wanted; every call goes into the buffer.
+
+    Gives the scores, where they are wanted, and the tokens that each stream had.
+    """
     loaded, family, target = job.loaded, job.loaded.family, job.spec.target
     take = Taker(loaded, job.run, job.places, buffer, (rows, inputs))
     if not job.spec.needs_gradient:
@@ -436,7 +441,8 @@ def _run_batch(job: _Job, buffer: BlockBuffer, rows: list[int], inputs: Inputs) 
             outputs = run_model(loaded, inputs)
         take.finish()
         wanted = "score" in job.spec.quantities
-        return family.score(outputs, target, inputs, loaded).float().cpu().numpy() if wanted else None
+        score = family.score(outputs, target, inputs, loaded) if wanted else None
+        return None if score is None else score.float().cpu().numpy(), take.tokens
     with torch.enable_grad(), _graph_from_inputs(loaded.model, inputs) as leaves:
         with recording(loaded.model) as recorded:
             outputs = run_model(loaded, leaves)
@@ -448,7 +454,7 @@ def _run_batch(job: _Job, buffer: BlockBuffer, rows: list[int], inputs: Inputs) 
         take(calls[i], gradient)  # type: ignore[arg-type]
         calls[i] = None
     take.finish()
-    return score.detach().float().cpu().numpy()
+    return score.detach().float().cpu().numpy(), take.tokens
 
 
 def _output_gradients(score: torch.Tensor, calls: Sequence[AttentionCall]) -> list[torch.Tensor | None]:
@@ -460,20 +466,27 @@ def _output_gradients(score: torch.Tensor, calls: Sequence[AttentionCall]) -> li
     return [next(found) if c.output is not None and c.output.requires_grad else None for c in calls]
 
 
-def _layouts(job: _Job, inputs: Inputs) -> dict[str, TokenLayout]:
-    """The token layouts of every stream for one batch."""
+def _layouts(job: _Job, inputs: Inputs, counts: Mapping[str, int]) -> dict[str, TokenLayout]:
+    """The token layouts of every stream for one batch, in which the streams had so many tokens.
+
+    Raises
+    ------
+    RecordingError
+        When a family lays out fewer tokens than the model attended to.
+    """
     samples = len(next(iter(inputs.values())))
     result = {}
-    for stream, most in job.run.plan.streams.items():
+    for stream, tokens in counts.items():
         base = stream.split(".")[0]
         layout = job.loaded.family.streams.get(base) or _DEFAULT_LAYOUTS.get(base)
-        tokens = min(most, _observed_tokens(base, inputs, most))
-        result[stream] = unknown_layout(samples, tokens) if layout is None else layout(inputs, job.loaded, tokens)
+        made = unknown_layout(samples, tokens) if layout is None else layout(inputs, job.loaded, tokens)
+        if not tokens <= made.token_count <= job.run.plan.streams[stream]:
+            raise RecordingError(
+                f"family {job.loaded.family.name!r} lays out {made.token_count} tokens of stream {stream!r}, of which"
+                f" the model attended to {tokens}"
+            )
+        result[stream] = made
     return result
-
-
-def _observed_tokens(stream: str, inputs: Inputs, most: int) -> int:
-    return inputs["input_ids"].shape[1] if stream == "text" and "input_ids" in inputs else most
 
 
 def _thumbnails(job: _Job, block: range, rows: Sequence[int], inputs: Inputs) -> np.ndarray:
