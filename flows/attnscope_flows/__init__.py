@@ -4,7 +4,6 @@ Nothing here computes anything, and importing this package doesn't import Prefec
 reads when it is imported.
 """
 
-import logging
 import os
 import tomllib
 from collections.abc import Callable, Iterator
@@ -34,7 +33,8 @@ _PLACES = (
 _QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_LOGGING_LEVEL": "WARNING",
+    # What Prefect logs as errors, with tracebacks, is raised as well, and told by the command in one sentence.
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_TO_API_ENABLED": "false",
     "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
     # The first start makes the database: half a minute on a busy machine, beyond Prefect's own limit of 20 seconds.
@@ -55,9 +55,8 @@ def embedded(progress: Listener | None = None) -> Iterator[None]:
 
     token = listener.set(progress)
     try:
-        # A flow with a heartbeat waits up to a second for it in the end. The errors that Prefect logs with their
-        # tracebacks are raised as well, and told by the command.
-        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}), _silenced("prefect"):
+        # A flow with a heartbeat waits up to a second for it in the end.
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
             yield
     finally:
         listener.reset(token)
@@ -84,25 +83,3 @@ def _cache_folder() -> Path:
     if chosen := os.environ.get("ATTNSCOPE_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnscope"
-
-
-@contextmanager
-def _silenced(name: str) -> Iterator[None]:
-    """Nothing is logged below this name."""
-
-    def nothing(record: logging.LogRecord) -> bool:
-        return False
-
-    handlers = [handler for log in _loggers(name) for handler in log.handlers]
-    for handler in handlers:
-        handler.addFilter(nothing)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(nothing)
-
-
-def _loggers(name: str) -> list[logging.Logger]:
-    below = [known for known in logging.root.manager.loggerDict if known == name or known.startswith(f"{name}.")]
-    return [logging.getLogger(known) for known in below]

@@ -1,5 +1,7 @@
 """Extraction as a flow."""
 
+import logging
+
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -7,6 +9,8 @@ from prefect.tasks import Task
 
 from attnscope.study import AnalyserChoice, ExtractOptions, Receipt, can_pass, extract_run
 from attnscope_flows import listener
+
+_log = logging.getLogger(__name__)
 
 RETRY_AFTER = [5.0, 30.0, 120.0]
 """Seconds before each further try."""
@@ -17,7 +21,10 @@ def may_pass(task: Task, run: TaskRun, state: State) -> bool:
     try:
         state.result(raise_on_failure=True)
     except Exception as error:
-        return can_pass(error)
+        passing = can_pass(error)
+        if passing:
+            _log.warning("%s failed and is tried again: %s", run.name, error)
+        return passing
     return False
 
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+# What matters of these is raised, and told in our own words.
+_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
+
+
 class CommandLine(click.Group):
     """The group of all commands; whatever goes wrong becomes one sentence on stderr and an exit code."""
 
@@ -27,8 +31,8 @@ class CommandLine(click.Group):
         """Run a command and exit; click's own modes of failing are not used."""
         extra["standalone_mode"] = False
         warnings.showwarning = _show_warning
-        # What matters is told in our own words; a warning of theirs about ours helps nobody.
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
         try:
             code = super().main(args, prog_name, **extra)  # type: ignore[call-overload]
             sys.stdout.flush()

@@ -1,9 +1,11 @@
 """How far an extraction is, on stderr: one line that renews itself on a terminal, else a line now and then."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,9 +49,11 @@ class ProgressLine:
 
 
 @contextmanager
-def progress_line() -> Iterator[ProgressLine]:
-    """A progress line that clears itself in the end."""
+def progress_line(model: str) -> Iterator[ProgressLine]:
+    """A progress line that clears itself in the end, and the only one: the hub's own bars show downloads alone."""
     line = ProgressLine()
+    if not sys.stderr.isatty() or model.startswith("embedded:") or Path(model).is_dir():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         yield line
     finally:

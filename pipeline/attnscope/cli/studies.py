@@ -58,7 +58,7 @@ def extract(
     from attnscope.study import ExtractOptions, extract_run
 
     choices = choices_from(names, assignments)
-    with progress_line() as line:
+    with progress_line(model) as line:
         done = _blaming_samples(
             samples,
             lambda: extract_run(model, samples, out, choices, ExtractOptions(**options), listener=line),  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def _study(
         return _inline_study(model, samples, out, choices, options)
     from attnscope_flows import embedded
 
-    with progress_line() as line, embedded(line):
+    with progress_line(model) as line, embedded(line):
         from attnscope_flows.study import study_flow
 
         return _blaming_samples(samples, lambda: study_flow(model, samples, out, list(choices), options))
@@ -157,7 +157,7 @@ def _inline_study(
 
     from attnscope.study import extract_run, study
 
-    with progress_line() as line:
+    with progress_line(model) as line:
         extract = partial(extract_run, listener=line)
         return _blaming_samples(samples, lambda: study(model, samples, out, choices, options, extract=extract))
 
