@@ -56,6 +56,8 @@ _CHUNK_BYTES = 2**20
 _UNIT_BYTES = 2**27
 _UNIT_LIMIT = 64
 _DENSE_BOUND = {"float16": "2.5e-4", "float32": "2e-6"}
+# The checksum of the decoded values doesn't cover the header of a zstd frame; that of the stored bytes does.
+_COMPRESSORS = (zarr.codecs.ZstdCodec(level=1, checksum=True), zarr.codecs.Crc32cCodec())
 _BFLOAT16_NAN = 0x7FC0
 
 
@@ -376,7 +378,7 @@ class Run:
         self._site(site)
         wanted = self.spec.quantities
         derived = {small for small, full in DERIVED_FROM.items() if {full, "attention"} <= wanted}
-        held = wanted | derived | {"query_valid"}
+        held = wanted | derived | self.plan.sites[site].stored(self.spec)
         return tuple(name for name in SITE_QUANTITIES if name in held)
 
     def select(
@@ -422,7 +424,8 @@ class Run:
             raise RunError(f"{self.location} was opened for reading only")
         group = f"analyses/{name}"
         plain = _without_text_dtypes(result)
-        plain.to_zarr(self.store, group=group, mode="w", consolidated=False, zarr_format=3)  # type: ignore[call-overload]
+        checked: dict[Hashable, object] = {name: {"compressors": _COMPRESSORS} for name in plain.variables}
+        plain.to_zarr(self.store, group=group, mode="w", consolidated=False, zarr_format=3, encoding=checked)  # type: ignore[call-overload]
         self._group[group].attrs["complete"] = True
 
     def analysis(self, name: str) -> xr.Dataset:
@@ -599,7 +602,7 @@ def _create_array(root: zarr.Group, array: _ArrayPlan, unit: int) -> None:
         dtype=str if array.dtype == "string" else "uint16" if bits else array.dtype,
         chunks=chunks,
         shards=shards,
-        compressors=zarr.codecs.ZstdCodec(level=1, checksum=True),
+        compressors=_COMPRESSORS,
         fill_value=_BFLOAT16_NAN if bits else array.row.fill,
         dimension_names=array.row.dims,
         attributes=array.attrs,
@@ -646,11 +649,15 @@ def _write_site_coordinates(group: zarr.Group, site: SitePlan) -> None:
                      "kernels": list(site.kernels), "guessed": site.guessed, "form": site.form,
                      "recipes": [asdict(r) for r in site.recipes]})  # fmt: skip
     _write_layers(group, site)
-    group.create_array("head", data=np.arange(site.heads), dimension_names=("head",), overwrite=True)
+    _write_numbers(group, "head", np.arange(site.heads))
 
 
 def _write_layers(group: zarr.Group, site: SitePlan) -> None:
-    group.create_array("layer", data=np.array(site.layers, np.int64), dimension_names=("layer",), overwrite=True)
+    _write_numbers(group, "layer", np.array(site.layers, np.int64))
+
+
+def _write_numbers(group: zarr.Group, name: str, numbers: np.ndarray) -> None:
+    group.create_array(name, data=numbers, dimension_names=(name,), compressors=_COMPRESSORS, overwrite=True)
 
 
 def _plan_to_attrs(plan: RunPlan) -> dict[str, object]:
