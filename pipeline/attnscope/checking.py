@@ -16,7 +16,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from attnscope.attention_array import to_float32
-from attnscope.quantities import SITE_QUANTITIES, ExtractSpec
+from attnscope.quantities import RULES, SITE_QUANTITIES, ExtractSpec
 from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, Run
 from attnscope.stores import open_group
 from attnscope.tokens import KIND_CODES
@@ -27,6 +27,7 @@ Listener = Callable[[int, int], None]
 # Rounding to half precision changes a weight by at most one part in 2**11, so the sum of a row, which is 1, by no more;
 # below the normal halves the step is 2**-24. Sums of float32 weights are off by what softmax itself is off.
 _ROW_TOLERANCE = {"float16": 2.0**-11, "exact": 1e-5}
+_COMPUTED_TOLERANCE = 1e-4
 _HALF_STEP = 2.0**-25
 _NAMED_AT_MOST = 6
 
@@ -78,6 +79,8 @@ def check_run(run: Run, listener: Listener | None = None) -> CheckReport:
             if listener is not None:
                 listener(done, total)
     faults += _absent(run, arrays)
+    if not faults:
+        faults += _computed_rows(run)
     marks = status if status is not None else np.array([], np.uint8)
     wrong = np.flatnonzero(~np.isin(marks, (MISSING, EXTRACTED, LEFT_OUT)))
     if wrong.size:
@@ -126,8 +129,8 @@ def _expected(run: Run) -> Iterator[str]:
     for stream in run.streams:
         for name in ("token_text", "kind", "row", "column"):
             yield f"{stream}/{name}"
-    for site in run.sites:
-        for name in (*sorted(run.spec.quantities & set(SITE_QUANTITIES)), "query_valid", "layer", "head"):
+    for site, plan in run.plan.sites.items():
+        for name in (*sorted(plan.stored(run.spec)), "layer", "head"):
             yield f"{site}/{name}"
 
 
@@ -222,7 +225,7 @@ def _look(run: Run, arrays: dict[str, zarr.Array], path: str, status: np.ndarray
     look: Look | None = None
     if status is None:
         return None
-    if group in run.sites and name in (*SITE_QUANTITIES, "query_valid"):
+    if group in run.sites and (name == "query_valid" or name in SITE_QUANTITIES.keys() - RULES):
         look = _SiteLook(run, arrays, group, name, status)
     elif group in run.streams and name == "kind":
         look = partial(_without_tokens, path, status)
@@ -259,13 +262,12 @@ class _SiteLook:
         real = self._query_kind[samples] != padding
         done = self._status[samples] == EXTRACTED
         if self._name == "query_valid":
-            yield from self._told(
-                region, np.asarray(done & real.any(axis=1)), ~values.any(axis=-1), "marks no query row as valid"
-            )
+            peopled: np.ndarray = done & real.any(axis=1)
+            yield from self._told(region, peopled, ~values.any(axis=-1), "marks no query row as valid")
             return
         rows = self._valid[samples, layers] & real[:, None]
         due = done[:, None] & rows.any(axis=-1)
-        values = to_float32(values)
+        values = _floats(values)
         heads = values.shape[2] if self._by_head else 1
         empty = np.isnan(values).reshape(*values.shape[:2], heads, -1).all(axis=-1).any(axis=-1)
         yield from self._told(region, due, empty, "holds no values")
@@ -292,6 +294,34 @@ class _SiteLook:
             if touched:
                 layer = self._layers[region[1].start + position]
                 yield Fault(self._path, f"{problem} in layer {layer}, though marked as extracted", touched)
+
+
+def _floats(values: np.ndarray) -> np.ndarray:
+    """Stored values as float32; bfloat16 is stored as the upper half of its bits."""
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return to_float32(values)
+
+
+def _computed_rows(run: Run) -> Iterator[Fault]:
+    """Rows of attention that is computed from query and key: they sum to 1, or less where there are sinks."""
+    done = np.flatnonzero(run.status == EXTRACTED)
+    for site, plan in run.plan.sites.items():
+        if plan.form != "factored" or "attention" not in run.spec.quantities:
+            continue
+        attention = run.attention(site)
+        for position, layer in enumerate(plan.layers):
+            sinks = plan.recipes[position].sinks is not None
+            broken = [int(at) for at in done if not _sums_hold(attention[int(at), position].values, sinks)]
+            if broken:
+                problem = f"gives rows that do not sum to 1 within {_COMPUTED_TOLERANCE:.1e} in layer {layer}"
+                yield Fault(f"{site}/query", problem, tuple(broken))
+
+
+def _sums_hold(attention: np.ndarray, sinks: bool) -> bool:
+    sums = np.nansum(attention, axis=-1)[~np.isnan(attention).all(axis=-1)]
+    upper = sums <= 1 + _COMPUTED_TOLERANCE
+    return bool((upper if sinks else upper & (sums >= 1 - _COMPUTED_TOLERANCE)).all())
 
 
 def _tolerance(spec: ExtractSpec, keys: int) -> float:

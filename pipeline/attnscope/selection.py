@@ -273,8 +273,11 @@ def _in_box(tokens: xr.Dataset, box: tuple[slice, slice]) -> np.ndarray:
 def _of_text(tokens: xr.Dataset, text: str) -> tuple[np.ndarray, str]:
     wanted = "".join(text.split()).casefold()
     strings = [[_plain_text(str(token)) for token in row] for row in tokens["token_text"].values]
-    known = sorted({token for row in strings for token in row if token})
-    return np.array([_spelling(row, wanted) for row in strings], bool), _listed(known) if known else "none"
+    known = sorted({token for row in strings for token in row if token[:1].isalnum()})
+    near = difflib.get_close_matches(wanted, known, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    told = f"{_listed(known) or 'none'}{hint}"
+    return np.array([_spelling(row, wanted) for row in strings], bool), told
 
 
 def _spelling(strings: Sequence[str], wanted: str) -> list[bool]:

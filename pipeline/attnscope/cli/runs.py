@@ -64,7 +64,7 @@ def inspect(model: str, attn_implementation: str | None, revision: str | None, t
     Sites, layers, heads, the kernel that really runs, and bytes per sample.
     """
     from attnscope.cli.tables import aligned
-    from attnscope.extraction import inspect_model
+    from attnscope.inspection import inspect_model
 
     found = inspect_model(
         model, attn_implementation=attn_implementation, revision=revision, trust_remote_code=trust_remote_code

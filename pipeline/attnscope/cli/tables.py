@@ -128,9 +128,13 @@ def aligned(rows: Sequence[dict[str, object]]) -> str:
     if not rows:
         return ""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    shown = {name: ["" if row.get(name) is None else _words(row[name]) for row in rows] for name in names}
+    shown = {name: ["" if row.get(name) is None else _cell(row[name]) for row in rows] for name in names}
     numbers = {n for n in names if all(isinstance(r.get(n), int | float | None) for r in rows)}
     return "\n".join(_lines(shown, numbers))
+
+
+def _cell(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else _words(value)
 
 
 # -- for programs ------------------------------------------------------------------------------------------------------
