@@ -4,7 +4,8 @@ A head scores a pair of tokens by x_i^T M x_j with M = W_q^T W_k. Its singular v
 the score into modes, x_i^T M x_j = sum_n (x_i . u_n) s_n (v_n . x_j). Where u_n and v_n point the same way (cosine 1)
 tokens attend to tokens like themselves; where they are orthogonal, or opposed, to unlike ones.
 
-1. The modes of each head come from QR of both projections and the SVD of the small core: M itself is never formed.
+1. The modes of each head come from an orthonormal basis of the rows of either projection and the SVD of the small core
+   between them: M itself is never formed.
 2. The cosines of each pair of singular vectors are averaged with the singular values as weights.
 3. That average is set beside what random permutations of the key features give, which keep every singular value.
 
@@ -21,6 +22,8 @@ import xarray as xr
 from attnscope import ExtractSpec, Run, bootstrap_interval, hookimpl
 from attnscope.report import Citation, Element, Heading, HeatMap, LineChart, Note, Paragraph, Series
 
+# OpenBLAS computes products of up to this many multiplications on one thread.
+_ONE_THREAD = 2**18
 _ROTARY = (
     "the model rotates queries and keys by position (or biases scores by it), which its weights don't show:"
     " modes of W_q^T W_k describe tokens at equal positions only"
@@ -28,7 +31,7 @@ _ROTARY = (
 _RECTANGULAR = "queries and keys have different features, so that cosines aren't defined; singular values are given"
 _BIAS = (
     "The bias of the queries adds b_q^T W_k x_j to the scores, which no mode of W_q^T W_k contains: for white inputs"
-    " its standard deviation is at most {:.2g} of that of x_i^T W_q^T W_k x_j (see bias_ratio)."
+    " its standard deviation over that of x_i^T W_q^T W_k x_j has the median {:.2g} over heads, the greatest {:.2g}."
 )
 
 
@@ -36,15 +39,15 @@ def singular_values(query: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.
     """Singular values of W_q^T W_k and the cosines of its singular vectors, both (..., mode), dimensionless.
 
     `query` (..., channel, feature) and `key` (..., channel, key_feature) are the projections; modes are as many as
-    channels. With W_q^T = Q_1 R_1, W_k^T = Q_2 R_2 and R_1 R_2^T = A S B^T the vectors are U = Q_1 A and V = Q_2 B,
-    and the diagonal of U^T V = A^T (Q_1^T Q_2) B is had without them. Cosines are NaN where the features differ in
-    number.
+    channels (or features, if fewer). With W_q = C_q B_q, W_k = C_k B_k, rows of B orthonormal, and C_q^T C_k = X S Y^T
+    the vectors are U = B_q^T X and V = B_k^T Y, and the diagonal of U^T V = X^T (B_q B_k^T) Y is had without them.
+    Cosines are NaN where the features differ in number.
     """
     query_basis, key_basis, (left, values, right) = _thin(query, key)
     if query.shape[-1] != key.shape[-1]:
         return values, np.full(values.shape, np.nan, values.dtype)
-    between = np.swapaxes(query_basis, -1, -2) @ key_basis  # (..., channel, channel)
-    return values, np.einsum("...cn,...cd,...nd->...n", left, between, right, optimize=True)
+    between = _row_products(query_basis, key_basis)
+    return values, (_transposed(left) @ between * right).sum(-1)
 
 
 def singular_modes(query: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -54,8 +57,8 @@ def singular_modes(query: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.n
     largest magnitude (the first of equals) is made positive.
     """
     query_basis, key_basis, (left, values, right) = _thin(query, key)
-    u = np.swapaxes(query_basis @ left, -1, -2)
-    v = right @ np.swapaxes(key_basis, -1, -2)
+    u = _joined(_transposed(left)[..., None, :, :] @ query_basis, query.shape[-1])
+    v = _joined(right[..., None, :, :] @ key_basis, key.shape[-1])
     largest = np.take_along_axis(u, np.abs(u).argmax(-1)[..., None], -1)
     sign = np.where(largest < 0, -1, 1).astype(u.dtype)
     return u * sign, values, v * sign
@@ -90,14 +93,15 @@ def permuted_averages(
 ) -> np.ndarray:
     """Average cosines after permuting the features of the keys, (draw, head), dimensionless.
 
-    tr(W_q^T W_k P) over the nuclear norm, which P leaves alone as it does every singular value. The heads of a layer
-    share each permutation, so that their mean can be compared as well.
+    tr(W_q^T W_k P) over the nuclear norm, which P leaves alone as it does every singular value. `query` and `key` are
+    (head, channel, feature); the heads of a layer share each permutation, so that their mean can be compared as well.
     """
     generator = np.random.default_rng(seed)
+    by_feature, key_by_feature = (np.ascontiguousarray(np.moveaxis(side, -1, 0)) for side in (query, key))
     averages = np.empty((draws, *nuclear_norm.shape), nuclear_norm.dtype)
     for draw in range(draws):
-        permuted = np.take(key, generator.permutation(key.shape[-1]), -1)
-        averages[draw] = np.einsum("hcf,hcf->h", query, permuted) / nuclear_norm
+        permuted = key_by_feature[generator.permutation(len(key_by_feature))]  # (feature, head, channel)
+        averages[draw] = np.vecdot(by_feature, permuted).sum(0) / nuclear_norm
     return averages
 
 
@@ -109,9 +113,64 @@ def bias_ratio(query_bias: np.ndarray, key: np.ndarray, values: np.ndarray) -> n
 
 
 def _thin(query: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
-    query_basis, query_core = np.linalg.qr(np.swapaxes(query, -1, -2))
-    key_basis, key_core = np.linalg.qr(np.swapaxes(key, -1, -2))
-    return query_basis, key_basis, tuple(np.linalg.svd(query_core @ np.swapaxes(key_core, -1, -2)))
+    query_basis, query_core = _orthonormal(query)
+    key_basis, key_core = _orthonormal(key)
+    return query_basis, key_basis, tuple(np.linalg.svd(_transposed(query_core) @ key_core))
+
+
+def _orthonormal(projection: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Orthonormal basis B of the rows, in pieces, and the core C (..., channel, channel) with W = C B.
+
+    Cholesky of the small Gram matrix, twice over, which is as exact as Householder's QR unless rows are all but
+    dependent; then it is Householder's. (Fukaya et al., "CholeskyQR2", ScalA 2014.)
+    """
+    basis = _pieces(projection)
+    try:
+        first = np.linalg.cholesky(_row_products(basis, basis))
+        basis = np.linalg.inv(first)[..., None, :, :] @ basis
+        second = np.linalg.cholesky(_row_products(basis, basis))
+        basis = np.linalg.inv(second)[..., None, :, :] @ basis
+    except np.linalg.LinAlgError:
+        return _householder(projection)
+    channels = projection.shape[-2]
+    error = np.abs(_row_products(basis, basis) - np.eye(channels)).max()
+    if not error < 10 * channels * np.finfo(projection.dtype).eps:
+        return _householder(projection)
+    return basis, first @ second
+
+
+def _householder(projection: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    basis, core = np.linalg.qr(_transposed(projection))
+    return _pieces(_transposed(basis)), _transposed(core)
+
+
+def _pieces(rows: np.ndarray) -> np.ndarray:
+    """Rows (..., channel, feature) as (..., piece, channel, part), the last piece filled up with zeros.
+
+    Products of pieces are so small that a BLAS computes them on one thread. To wake its other threads costs more than
+    the whole product does, and up to a hundred times more where the cores are busy.
+    """
+    channels, features = rows.shape[-2:]
+    part = max(1, _ONE_THREAD // channels**2)
+    count = -(-features // part)
+    filled = np.zeros((*rows.shape[:-1], count * part), rows.dtype)
+    filled[..., :features] = rows
+    return np.ascontiguousarray(np.moveaxis(filled.reshape(*rows.shape[:-1], count, part), -2, -3))
+
+
+def _joined(pieces: np.ndarray, features: int) -> np.ndarray:
+    """Pieces as rows (..., channel, feature) again."""
+    rows = np.moveaxis(pieces, -3, -2)
+    return rows.reshape(*rows.shape[:-2], -1)[..., :features]
+
+
+def _row_products(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Inner products of the rows of two bases in pieces: (..., channel, channel)."""
+    return (one @ _transposed(other)).sum(-3)
+
+
+def _transposed(matrix: np.ndarray) -> np.ndarray:
+    return np.swapaxes(matrix, -1, -2)
 
 
 @dataclass(frozen=True)
@@ -160,7 +219,8 @@ class QKSVD:
         )
 
     def _site(self, site: str, weights: xr.Dataset) -> xr.Dataset:
-        known = [int(layer) for layer in weights["layer"].values]
+        stored = np.isfinite(weights["query"].isel(head=0, channel=0, feature=0).values)
+        known = [int(layer) for layer in weights["layer"].values[stored]]
         layers = known if self.layers is None else list(self.layers)
         unknown = sorted(set(layers) - set(known))
         if unknown:
@@ -234,7 +294,7 @@ class QKSVD:
             yield Note(caveat[:1].upper() + caveat[1:] + ".")
         bias = result["bias_ratio"].values
         if np.isfinite(bias).any() and np.nanmax(bias) > 0:
-            yield Note(_BIAS.format(np.nanmax(bias)))
+            yield Note(_BIAS.format(np.nanmedian(bias), np.nanmax(bias)))
 
 
 _MEANINGS = {

@@ -203,31 +203,30 @@ class Relevance:
         shape = tokens["kind"].shape
         relevance = np.full((len(self.methods), *shape), np.nan, np.float32)
         dead = np.zeros(shape[0], np.int64)
-        has_cls = np.zeros(shape[0], bool)
+        extracted = run.status == _EXTRACTED
+        # Tokens of samples that aren't there count as padding.
+        kind = np.where(extracted[:, None], tokens["kind"].values, codes["padding"])
         for block in run.blocks():
-            done = run.status[block.start : block.stop] == _EXTRACTED
-            if not done.any():
-                continue
             at = slice(block.start, block.stop)
-            kind = tokens["kind"][at].values
-            rows = readout_rows(np.where(done[:, None], kind, codes["padding"]), codes, self.row)
+            real = kind[at] != codes["padding"]
+            if not real.any():
+                continue
+            rows = readout_rows(kind[at], codes, self.row)
             for number, method in enumerate(self.methods):
-                folded = fold_back(rows, self._maps(run, site, METHODS[method], at), METHODS[method].step)
-                folded[~done[:, None] | (kind == codes["padding"])] = np.nan
-                relevance[number, at] = folded
-            dead[at] = self._dead_rows(run, site, at, kind != codes["padding"]) * done
-            has_cls[at] = (kind == codes["cls"]).any(-1)
-        content = ~np.isin(tokens["kind"].values, [codes[k] for k in _BESIDE_CONTENT])
-        return self._describe(run, site, relevance, dead, content).assign_attrs(readout=self._readout(has_cls))
+                folded = fold_back(rows, self._maps(run, site, METHODS[method], at, real), METHODS[method].step)
+                relevance[number, at] = np.where(real, folded, np.nan)
+            dead[at] = self._dead_rows(run, site, at, real)
+        content = ~np.isin(kind, [codes[k] for k in _BESIDE_CONTENT])
+        readout = self._readout(bool((kind == codes["cls"]).any()))
+        return self._describe(run, site, relevance, dead, content).assign_attrs(readout=readout)
 
-    def _maps(self, run: Run, site: str, method: Method, samples: slice) -> Iterator[np.ndarray]:
+    def _maps(self, run: Run, site: str, method: Method, samples: slice, real: np.ndarray) -> Iterator[np.ndarray]:
         """The maps (sample, query_token, key_token) of a block of samples, last layer first, one at a time."""
         array = run.array(site, method.quantity)
-        valid = run.array(site, "query_valid")
-        done = run.status[samples] == _EXTRACTED
+        valid = run.array(site, "query_valid").isel(sample=samples)
         for position in self._walk(run.plan.sites[site].layers, method):
             maps = array.isel(sample=samples, layer=position).values
-            rows = valid.isel(sample=samples, layer=position).values & done[:, None]
+            rows = valid.isel(layer=position).values & real
             if np.isnan(maps).all(-1)[rows].any():
                 raise ValueError(
                     f"{run.location} was extracted without {method.quantity!r} for some samples of {site!r}"
@@ -249,12 +248,12 @@ class Relevance:
         valid = run.array(site, "query_valid").isel(sample=samples).values  # (sample, layer, query_token)
         return (~valid & real[:, None]).sum((1, 2))
 
-    def _readout(self, has_cls: np.ndarray) -> str:
+    def _readout(self, has_cls: bool) -> str:
         if isinstance(self.row, int):
             return f"token {self.row}"
         if self.row != "auto":
             return "CLS token" if self.row == "cls" else "mean over real tokens"
-        return "CLS token" if has_cls.any() else "mean over real tokens"
+        return "CLS token" if has_cls else "mean over real tokens"
 
     def _describe(
         self, run: Run, site: str, relevance: np.ndarray, dead: np.ndarray, content: np.ndarray

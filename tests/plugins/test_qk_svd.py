@@ -90,6 +90,31 @@ def test_a_skew_interaction_has_average_cosine_zero(projections) -> None:  # typ
     np.testing.assert_allclose(average(query, key), 0, atol=1e-12)
 
 
+@pytest.mark.parametrize("channels", [3, 64, 600])
+def test_features_that_fill_no_whole_piece_are_kept(channels: int) -> None:
+    query, key = np.random.default_rng(0).normal(size=(2, 1, channels, 700))
+    expected = np.linalg.svd(whole(query, key))[1][:, :channels]
+    np.testing.assert_allclose(qk.singular_values(query, key)[0], expected, rtol=1e-8)
+
+
+def test_dependent_and_nearly_dependent_rows_are_decomposed_as_exactly(projections) -> None:  # type: ignore[no-untyped-def]
+    query, key = projections
+    for distance in (0, 1e-14, 1e-9, 1e-6):
+        query = query.copy()
+        query[:, 1] = query[:, 0] + distance * query[:, 1]
+        left, values, right = qk.singular_modes(query, key)
+        expected = np.linalg.svd(whole(query, key))[1][:, :CHANNELS]
+        np.testing.assert_allclose(values, expected, atol=1e-13 * expected.max())
+        np.testing.assert_allclose(np.einsum("hnf,hn,hng->hfg", left, values, right), whole(query, key), atol=1e-12)
+
+
+def test_more_channels_than_features_give_as_many_modes_as_features(projections) -> None:  # type: ignore[no-untyped-def]
+    query, key = (side[:, :, :4] for side in projections)
+    left, values, right = qk.singular_modes(query, key)
+    assert left.shape == right.shape == (HEADS, 4, 4)
+    np.testing.assert_allclose(np.einsum("hnf,hn,hng->hfg", left, values, right), whole(query, key), atol=1e-12)
+
+
 def test_random_projections_have_average_cosine_near_zero() -> None:
     query, key = np.random.default_rng(0).normal(size=(2, 50, 16, 256))
     averages = average(query, key)

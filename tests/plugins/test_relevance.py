@@ -162,7 +162,8 @@ def make_text_run(
     spec = ExtractSpec(frozenset({"attention_mean", "attention_relevance", "score"}))
     run = Run.create(None, plan, spec, [Sample(f"s{i}", text="x") for i in range(samples)], {"model": "made"})
     words = [[f"w{t}" for t in range(size)] for _ in range(samples)]
-    valid = np.isfinite(attention).any(-1)
+    # Queries of padding are valid rows as well: their keys are the real tokens, which they may attend to.
+    valid = np.isfinite(attention).any(-1) | (kind == KIND_CODES["padding"])[:, None]
     for block in run.blocks():
         at = slice(block.start, block.stop)
         run.write_tokens("text", block, text_layout(words[at], kind[at]))
