@@ -262,8 +262,8 @@ class _SiteLook:
         real = self._query_kind[samples] != padding
         done = self._status[samples] == EXTRACTED
         if self._name == "query_valid":
-            peopled: np.ndarray = done & real.any(axis=1)
-            yield from self._told(region, peopled, ~values.any(axis=-1), "marks no query row as valid")
+            unmarked: np.ndarray = ~values.any(axis=-1)
+            yield from self._told(region, done & real.any(axis=1), unmarked, "marks no query row as valid")
             return
         rows = self._valid[samples, layers] & real[:, None]
         due = done[:, None] & rows.any(axis=-1)
