@@ -1,6 +1,8 @@
 """For authors of analysers and families: runs with a known content, and checks of the contracts."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
@@ -10,6 +12,11 @@ from attnscope.quantities import ExtractSpec
 from attnscope.run import EXTRACTED, Run, RunPlan, SitePlan
 from attnscope.samples import Region, Sample
 from attnscope.tokens import grid_layout
+
+if TYPE_CHECKING:
+    import torch
+
+    from attnscope.families import ModelFamily
 
 
 def make_run(
@@ -99,3 +106,25 @@ def check_analyser(analyser: Analyser) -> xr.Dataset:
     html = "".join(element.html() for element in analyser.report(result))
     assert html, "report() shows nothing"
     return result
+
+
+def check_family(family: "ModelFamily | str", model: "torch.nn.Module", inputs: "Mapping[str, torch.Tensor]") -> None:
+    """Hold a family, or the one that answers for a model type, to its contract on one batch of a model.
+
+    A batch with padding, of a small model with wide random weights, shows most. Checked: every attention that ran is
+    placed by a rule, no two modules at one layer of a site, layers counted from 0 without a gap; each stream's layout
+    has exactly the tokens that the model attended to, of known kinds, with padding where the mask hides a token; a
+    fold gives each token its place once in each layer; and the stored weights give the query and the key.
+
+    Raises
+    ------
+    AssertionError
+        Naming the first point of the contract that is not kept.
+    """
+    from attnscope.families import find_family
+    from attnscope.families.conformance import check
+    from attnscope.loading import load_model
+
+    loaded = load_model(model)
+    loaded.family = find_family(family) if isinstance(family, str) else family
+    check(loaded.family, loaded, dict(inputs))

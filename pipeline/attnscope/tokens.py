@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-KINDS = ("padding", "text", "image", "cls", "register", "special", "query", "generated", "unknown")
+KINDS = ("padding", "text", "image", "cls", "register", "special", "query", "generated", "unknown", "audio", "channel")
 """What a token may be, in the order of the stored codes."""
 
 KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
@@ -50,8 +50,34 @@ def grid_layout(samples: int, rows: int, columns: int, prefix: Sequence[str] = (
     )
 
 
+def ragged_grid_layout(shapes: np.ndarray, tokens: int) -> TokenLayout:
+    """Patch grids of each sample's own (rows, columns), in row-major order, padded to so many tokens.
+
+    `shapes` is (sample, 2).
+    """
+    place = np.arange(tokens)[None, :]
+    columns = shapes[:, 1:].astype(np.int64)
+    real = place < shapes.prod(axis=1)[:, None]
+    kind = np.where(real, KIND_CODES["image"], KIND_CODES["padding"])
+    return plain_layout(kind, row=np.where(real, place // columns, -1), column=np.where(real, place % columns, -1))
+
+
+def plain_layout(kind: np.ndarray, *, row: np.ndarray | int = -1, column: np.ndarray | int = -1) -> TokenLayout:
+    """The layout of tokens without strings: kinds (sample, token), and places that broadcast to them."""
+    places = [np.broadcast_to(np.asarray(p, np.int16), kind.shape) for p in (row, column)]
+    return TokenLayout(kind.astype(np.int8), np.full(kind.shape, "", dtype=object), *places)
+
+
+def joined_layout(*parts: TokenLayout) -> TokenLayout:
+    """The layout of one stream from those of its parts, one behind the other."""
+    names = ("kind", "text", "row", "column")
+    return TokenLayout(*(np.concatenate([getattr(part, name) for part in parts], axis=1) for name in names))
+
+
 def unknown_layout(samples: int, tokens: int) -> TokenLayout:
     """The layout of tokens that nobody can name."""
     shape = (samples, tokens)
     nowhere = np.full(shape, -1, np.int16)
-    return TokenLayout(np.full(shape, KIND_CODES["unknown"], np.int8), np.full(shape, "", dtype=object), nowhere, nowhere)
+    return TokenLayout(
+        np.full(shape, KIND_CODES["unknown"], np.int8), np.full(shape, "", dtype=object), nowhere, nowhere
+    )

@@ -58,9 +58,10 @@ class Fold:
 class SiteRule:
     """Calls of modules whose name matches `pattern` belong to `site`.
 
-    The pattern's group `layer` is the layer number, to which `first_layer` is added. The site is named after its
-    streams: 'vision.self', or 'text.vision' for queries from the text and keys from the image. `call` picks one where
-    a module is called several times in a forward.
+    The pattern's group `layer` is the layer number, to which `first_layer` is added, and, where the pattern has a group
+    `stage`, the layers of the stages before it (`config.depths`). The site is named after its streams: 'vision.self',
+    or 'text.vision' for queries from the text and keys from the image. `call` picks one where a module is called
+    several times in a forward.
     """
 
     pattern: str
@@ -68,13 +69,14 @@ class SiteRule:
     first_layer: int = 0
     call: int | None = None
 
-    def place(self, module: str, number: int) -> Placement | None:
-        """The placement of a call, or None when the rule isn't about it."""
+    def place(self, module: str, number: int, depths: Sequence[int] = ()) -> Placement | None:
+        """The placement of a call, or None when the rule isn't about it; `depths` are the layers of each stage."""
         match = re.search(self.pattern, module)
         if match is None or self.call not in (None, number):
             return None
         queries, keys = self.site.split(".")[:2]
-        layer = int(match.groupdict().get("layer") or 0) + self.first_layer
+        found = match.groupdict()
+        layer = int(found.get("layer") or 0) + self.first_layer + sum(depths[: int(found.get("stage") or 0)])
         return Placement(self.site, queries, queries if keys == "self" else keys, layer)
 
 
@@ -86,7 +88,8 @@ class ModelFamily:
     tokens from the model's inputs (and the number of tokens seen in the batch); `scores` are further targets by name,
     beside the common ones; `measure` gives the tokens of a sample by stream before anything is encoded in batches;
     `fold` tells where the parts of a call belong whose batch isn't the batch of samples. Without it such a model sees
-    one sample at a time, and the parts of its calls are put one behind the other.
+    one sample at a time, and the parts of its calls are put one behind the other. `one_by_one` keeps every sample in a
+    batch of its own, for models that don't mask the padding that a larger neighbour brings.
     """
 
     name: str
@@ -97,11 +100,13 @@ class ModelFamily:
     encode: "Callable[[Sequence[Sample], LoadedModel], Inputs]" = encode_samples
     measure: "Callable[[Sample, LoadedModel], Mapping[str, int]]" = measure_text
     fold: "Callable[[AttentionCall, Inputs, LoadedModel], Fold | None] | None" = None
+    one_by_one: bool = False
 
     def place(self, call: "AttentionCall", loaded: "LoadedModel") -> Placement:
         """The placement of a call by the family's rules, or guessed from its module's name and its shape."""
+        depths = stage_depths(loaded.config)
         for rule in self.sites:
-            placement = rule.place(call.module, call.number)
+            placement = rule.place(call.module, call.number, depths)
             if placement is not None:
                 return placement
         site, queries, keys, layer = guess_placement(call, loaded)
@@ -116,6 +121,12 @@ class ModelFamily:
         if chosen not in known:
             raise ValueError(f"unknown target {chosen!r}; known are a class number, {', '.join(sorted(known))}")
         return known[chosen](outputs, inputs, loaded)
+
+
+def stage_depths(config: object) -> tuple[int, ...]:
+    """How many layers each stage of the (vision) model has; nothing for a model without stages."""
+    depths = getattr(getattr(config, "vision_config", config), "depths", None)
+    return tuple(depths) if isinstance(depths, Sequence) else ()
 
 
 GENERIC = ModelFamily(name="generic", model_types=())

@@ -2,14 +2,42 @@
 
 from collections.abc import Callable
 
-from attnscope.families import ModelFamily
-from attnscope.families.bert import FAMILY as BERT
-from attnscope.families.clip import FAMILY as CLIP
-from attnscope.families.vit import FAMILY as VIT
+from attnscope.families import (
+    ModelFamily,
+    bert,
+    clip,
+    decoder,
+    detr,
+    encoder_decoder,
+    florence2,
+    siglip,
+    swin,
+    vit,
+    whisper,
+    yolos,
+)
 from attnscope.plugins import hookimpl
+
+FAMILIES = (
+    vit.FAMILY,
+    yolos.FAMILY,
+    swin.FAMILY,
+    detr.FAMILY,
+    bert.FAMILY,
+    bert.ALBERT,
+    decoder.FAMILY,
+    encoder_decoder.BART,
+    encoder_decoder.T5,
+    whisper.FAMILY,
+    clip.CLIP,
+    clip.CLIP_VISION,
+    clip.CLIP_TEXT,
+    siglip.FAMILY,
+    florence2.FAMILY,
+)
 
 
 @hookimpl
 def attnscope_register_families(register: Callable[[ModelFamily], None]) -> None:
-    for family in (VIT, BERT, CLIP):
+    for family in FAMILIES:
         register(family)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attnscope.tokens import KIND_CODES, TokenLayout, grid_layout, text_layout, unknown_layout
+from attnscope.families.encoding import start_token
+from attnscope.tokens import KIND_CODES, TokenLayout, grid_layout, plain_layout, text_layout, unknown_layout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +54,22 @@ def text_tokens(ids_name: str = "input_ids", mask_name: str = "attention_mask") 
         return text_layout([token_strings(row, loaded) for row in ids.tolist()], kind)
 
     return layout
+
+
+def decoder_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
+    """The layout of what a decoder is given; where it is given nothing, models make their start token of it."""
+    if "decoder_input_ids" in inputs:
+        return text_tokens("decoder_input_ids", "decoder_attention_mask")(inputs, loaded, tokens)
+    ids = inputs["input_ids"]
+    start = ids.new_full((len(ids), 1), start_token(loaded))
+    # BART's own default is its input, one token to the right.
+    given = start if tokens == 1 else start.new_tensor([[int(start[0, 0]), *row[:-1]] for row in ids.tolist()])
+    return text_tokens()({"input_ids": given}, loaded, tokens)
+
+
+def query_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
+    """Learned queries: no strings, no places."""
+    return plain_layout(np.full((len(next(iter(inputs.values()))), tokens), KIND_CODES["query"]))
 
 
 def text_kinds(ids: "Tensor", mask: "Tensor | None", loaded: "LoadedModel") -> np.ndarray:

@@ -5,7 +5,17 @@ from attnscope.families.layouts import patch_tokens
 
 FAMILY = ModelFamily(
     name="vit",
-    model_types=("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "ijepa", "vit_msn", "vivit", "yolos"),
-    sites=(SiteRule(r"layers?\.(?P<layer>\d+)\.(self_)?attention", "vision.self"),),
+    model_types=(
+        "vit",
+        "deit",
+        "vit_msn",
+        "ijepa",
+        "dinov2",
+        "dinov2_with_registers",
+        "dinov3_vit",
+        "beit",
+        "data2vec-vision",
+    ),
+    sites=(SiteRule(r"(^|\.)layers?\.(?P<layer>\d+)\.attention", "vision.self"),),
     streams={"vision": patch_tokens},
 )

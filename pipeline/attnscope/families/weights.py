@@ -1,5 +1,6 @@
 """Query and key projections of an attention module, whatever it calls them."""
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,9 +56,9 @@ def _query_key(owner: "torch.nn.Module", site: "SitePlan") -> "list[tuple[torch.
                     return both  # type: ignore[return-value]
     for name, part in parts.items():
         if name.rsplit(".", 1)[-1] in _FUSED and (linear := _linear(part)) is not None:
-            return _split(linear, site)
+            return _split(linear, site, owner)
     weight = getattr(owner, "in_proj_weight", None)
-    return None if weight is None else _split((weight, getattr(owner, "in_proj_bias", None)), site)
+    return None if weight is None else _split((weight, getattr(owner, "in_proj_bias", None)), site, owner)
 
 
 def _linear(part: "torch.nn.Module") -> "tuple[torch.Tensor, torch.Tensor | None] | None":
@@ -71,12 +72,50 @@ def _linear(part: "torch.nn.Module") -> "tuple[torch.Tensor, torch.Tensor | None
 
 
 def _split(
-    linear: "tuple[torch.Tensor, torch.Tensor | None]", site: "SitePlan"
+    linear: "tuple[torch.Tensor, torch.Tensor | None]", site: "SitePlan", owner: "torch.nn.Module"
 ) -> "list[tuple[torch.Tensor, torch.Tensor | None]] | None":
-    """Query and key of a fused projection that stacks query, key and value."""
-    weight, bias = linear
-    queries, keys = site.heads * site.channels, site.kv_heads * site.channels
-    if not queries < queries + keys <= len(weight):
+    """Query and key of a fused projection of query, key and value, in the order of the owner's class."""
+    rows = _ROW_ORDERS.get(type(owner).__name__, _stacked)(site, len(linear[0]))
+    if rows is None:
         return None
-    ends = [(0, queries), (queries, queries + keys)]
-    return [(weight[a:b], None if bias is None else bias[a:b]) for a, b in ends]
+    weight, bias = linear
+    parts = [(weight[r], None if bias is None else bias[r]) for r in rows]
+    # DeBERTa keeps the bias of the query apart.
+    own_bias = dict(owner.named_parameters(recurse=False)).get("q_bias")
+    return parts if own_bias is None else [(parts[0][0], own_bias), *parts[1:]]
+
+
+def _stacked(site: "SitePlan", size: int) -> list[np.ndarray] | None:
+    """All queries, then all keys, then all values."""
+    queries, keys = site.heads * site.channels, site.kv_heads * site.channels
+    if not queries < queries + keys <= size:
+        return None
+    return [np.arange(queries), np.arange(queries, queries + keys)]
+
+
+def _by_key_head(site: "SitePlan", size: int) -> list[np.ndarray] | None:
+    """For each key head its queries, its key and its value."""
+    groups = site.heads // site.kv_heads
+    if size != site.kv_heads * (groups + 2) * site.channels:
+        return None
+    rows = np.arange(size).reshape(site.kv_heads, groups + 2, site.channels)
+    return [rows[:, :groups].ravel(), rows[:, groups].ravel()]
+
+
+def _by_partition(site: "SitePlan", size: int) -> list[np.ndarray] | None:
+    """In each of four partitions of the heads all queries, then all values, then all keys."""
+    if size != 3 * site.heads * site.channels or site.heads % 4:
+        return None
+    rows = np.arange(size).reshape(4, 3, -1)
+    return [rows[:, 0].ravel(), rows[:, 2].ravel()]
+
+
+_ROW_ORDERS: "Mapping[str, Callable[[SitePlan, int], list[np.ndarray] | None]]" = {
+    "BloomAttention": _by_key_head,
+    "CodeGenAttention": _by_partition,
+    "DisentangledSelfAttention": _by_key_head,
+    "FalconAttention": _by_key_head,
+    "GPTBigCodeAttention": _by_key_head,
+    "GPTNeoXAttention": _by_key_head,
+    "PersimmonAttention": _by_key_head,
+}
