@@ -66,6 +66,13 @@ class _Marks:
 class Audit(TorchDispatchMode):
     """Counts attention kernels of one recording's thread and which of them a tap had in hand."""
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing compiles while a recording is open; torch's guard against it would double the cost of an operation.
+        return False
+
     def __init__(self, recording: Recording) -> None:
         super().__init__()
         self._recording = recording

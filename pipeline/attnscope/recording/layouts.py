@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
-from attnscope.recording.calls import quietly
 from attnscope.recording.provenance import Axes, regroup_lead
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "num_head")
@@ -48,20 +48,18 @@ class Layout:
     def route(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """The output for the model, and the same as (batch, query_token, head, value_channel) on its way in the graph.
 
-        Views only, so that what the model goes on with has the same values, strides and storage, and depends on what
-        is recorded. Where no view exists, what is recorded is a copy outside the graph.
+        Views where they exist, so that what the model goes on with has the same values, strides and storage, and
+        depends on what is recorded. Where none exists, a copy stands in the graph between the two.
         """
-        try:
-            moved = output if self.order is None else output.permute(self.order)
-            shown = moved.view(*self.batch_head, *output.shape[-2:]).transpose(1, 2)
-        except RuntimeError:
-            with quietly():
-                return output, self.canonical(output).transpose(1, 2)
+        moved = output if self.order is None else output.permute(self.order)
+        shown = moved.reshape(*self.batch_head, *output.shape[-2:]).transpose(1, 2)
         if not output.requires_grad:
             return output, shown
         back = shown.transpose(1, 2).view(moved.shape)
         if self.order is not None:
             back = back.permute(tuple(self.order.index(axis) for axis in range(len(self.order))))
+        if back.stride() != output.stride():
+            back = torch.empty_like(output).copy_(back)
         return back, shown
 
 

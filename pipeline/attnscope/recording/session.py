@@ -95,6 +95,7 @@ OPEN: list[Recording] = []
 _LOCK = threading.Lock()
 _depth = 0
 _originals: list[tuple[type, str, Any]] = []
+_THREAD = threading.local()
 _stance: list[AbstractContextManager[Any]] = []
 
 
@@ -164,7 +165,7 @@ def _traced_call(original: Callable[..., Any]) -> Callable[..., Any]:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         recordings = observing()
         if not recordings:
-            return original(self, *args, **kwargs)
+            return original(self, *args, **kwargs) if ACTIVE.get() else _other_call(original, self, args, kwargs)
         for each in recordings:
             each.enter(self)
         try:
@@ -180,3 +181,21 @@ def _traced_call(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return __call__
+
+
+def _other_call(original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call in a thread without a recording; what it does first tells whether it is part of a recorded forward.
+
+    A part of a recorded model while that model's forward is under way is lost to the recording. The whole model is
+    somebody else's forward, and none of the recording's business.
+    """
+    if getattr(_THREAD, "under_way", False) or torch._C._current_graph_task_id() != -1:
+        return original(module, *args, **kwargs)
+    for each in tuple(OPEN):
+        if module is not each.model and each.owns(module) and each.frames:
+            each.lost.add(each.name_of(module) or "")
+    _THREAD.under_way = True
+    try:
+        return original(module, *args, **kwargs)
+    finally:
+        _THREAD.under_way = False
