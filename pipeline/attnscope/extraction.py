@@ -314,7 +314,7 @@ def _extract_blocks(
     report.already(int((status != 0).sum()), int((status == LEFT_OUT).sum()))
     places = Places.of(run, spec)
     size = batch_size or min(run.plan.unit, _BATCH_LIMIT)
-    if places.one_by_one and loaded.family.fold is None:
+    if loaded.family.one_by_one or (places.one_by_one and loaded.family.fold is None):
         size = 1
     writer = BlockWriter()
     job = _Job(loaded, run, spec, prepared, ready, size, writer, places)
