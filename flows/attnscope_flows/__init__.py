@@ -7,7 +7,7 @@ reads when it is imported.
 import os
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from importlib.metadata import version
 from pathlib import Path
@@ -66,7 +66,11 @@ def _set_environment() -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     if not any(os.environ.get(name) for name in _PLACES) and not _profile_names_server(Path.home() / ".prefect"):
-        os.environ["PREFECT_HOME"] = str(_cache_folder() / f"prefect-{version('prefect')}")
+        home = _cache_folder() / f"prefect-{version('prefect')}"
+        # Prefect makes the folder itself, but not the ones above it.
+        with suppress(OSError):
+            home.mkdir(parents=True, exist_ok=True)
+        os.environ["PREFECT_HOME"] = str(home)
         os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_ENABLED", "true")
 
 

@@ -58,7 +58,11 @@ class DenseTiles:
 
 
 class FactoredTiles:
-    """Tiles computed from stored query, key and log-sum-exp: exp(score - log_sum_exp) where the rules allow it."""
+    """Tiles computed from stored query, key and log-sum-exp: exp(score - log_sum_exp) where the rules allow it.
+
+    Where a tile spans all keys, its rows are normalised by their own sum instead: the rounding of a large log-sum-exp
+    (1e-7 of its size) then drops out.
+    """
 
     def __init__(self, arrays: "Mapping[str, zarr.Array]", recipes: "Sequence[Recipe]") -> None:
         self._arrays = arrays
@@ -79,6 +83,8 @@ class FactoredTiles:
         allowed = self._allowed(samples, layers, queries, keys)
         if not allowed.all():
             scores[np.broadcast_to(~allowed[:, :, None], scores.shape)] = -np.inf
+        if keys == slice(0, self.shape[4]):
+            return _softmax(scores, [self._recipes[layer].sinks for layer in range(layers.start, layers.stop)], heads)
         total = self._values("log_sum_exp", (samples, layers, heads, queries))
         # A row without a valid key has the sum -inf; it is hidden from every reader, and must not make NaN noisily.
         scores -= np.where(np.isneginf(total), 0, total)[..., None]
@@ -100,6 +106,19 @@ class FactoredTiles:
             if recipe.window is not None:
                 allowed[:, position] &= np.abs(distance) < recipe.window
         return allowed
+
+
+def _softmax(scores: np.ndarray, sinks: "Sequence[tuple[float, ...] | None]", heads: slice) -> np.ndarray:
+    """Softmax of whole rows, in place; a sink takes its share and is not returned. Rows without a key become 0."""
+    extra = np.stack([np.full(scores.shape[2], -np.inf) if s is None else np.array(s)[heads] for s in sinks])
+    extra = extra.astype(np.float32)[:, :, None, None]
+    highest = np.maximum(scores.max(axis=-1, keepdims=True), extra)
+    highest[np.isneginf(highest)] = 0
+    scores -= highest
+    np.exp(scores, out=scores)
+    total = scores.sum(axis=-1, keepdims=True) + np.exp(extra - highest)
+    scores /= np.where(total == 0, 1, total)
+    return scores
 
 
 def _apply_scale(scores: np.ndarray, recipe: "Recipe") -> None:

@@ -158,11 +158,16 @@ def _sample_of(record: Mapping[str, object], number: int, folder: Path) -> Sampl
     targets = record.get("targets") or {}
     if not isinstance(targets, Mapping):
         raise SampleError(f"targets are a {type(targets).__name__}, not a mapping")
+    regions = tuple(_region_of(r) for r in _list_of(record.get("regions")))
+    length = len(str(text or ""))
+    for span in (r.span for r in regions if r.span is not None):
+        if not 0 <= span[0] < span[1] <= length:
+            raise SampleError(f"span {list(span)} lies outside the text of {length} characters")
     return Sample(
         id=str(sample_id),
         image=image,
         text=None if text is None else str(text),
-        regions=tuple(_region_of(r) for r in _list_of(record.get("regions"))),
+        regions=regions,
         targets=dict(targets),
     )
 
@@ -249,8 +254,11 @@ def _read_parquet(path: Path) -> Iterator[Mapping[str, object] | str]:
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise SampleError("reading Parquet samples needs pyarrow; run: pip install 'attnscope[parquet]'") from None
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise SampleError(f"samples file {str(path)!r} can't be read ({_one_line(error)})") from None
 
 
 def _open_text(path: Path) -> io.TextIOWrapper:
