@@ -48,13 +48,16 @@ def _summary(run: Run, results: Sequence[xr.Dataset]) -> Iterator[Element]:
 def _facts(run: Run, attrs: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     status = run.status
     yield "model", attrs.get("model")
+    yield "class", attrs.get("model_class")
     yield "revision", attrs.get("revision")
     yield "weights digest", attrs.get("weights_digest")
     yield "family", attrs.get("family")
     kernels = sorted({k for site in run.plan.sites.values() for k in site.kernels})
     yield "attention kernel", ", ".join(kernels) or attrs.get("attention_kernel")
     yield "attention", "; ".join(_site_words(run, name) for name in run.sites)
-    yield "target of the score", run.spec.target if run.spec.target is not None else attrs.get("target")
+    yield "precision and device", " on ".join(str(attrs[key]) for key in ("dtype", "device") if attrs.get(key))
+    if "score" in run.spec.quantities:
+        yield "target of the score", run.spec.target or attrs.get("target") or "the default of the family"
     counts = [(int((status == code).sum()), word) for code, word in _STATUS_WORDS]
     yield "samples", ", ".join(f"{n} {word}" for n, word in counts if n or word == "used")
     yield "seed", attrs.get("seed")
@@ -70,7 +73,8 @@ def _site_words(run: Run, name: str) -> str:
     tokens = f"{site.query_tokens} tokens"
     if site.queries != site.keys:
         tokens = f"{site.query_tokens} by {site.key_tokens} tokens"
-    return f"{name}: {len(site.layers)} layers, {site.heads} heads, {tokens}"
+    guessed = ", its role guessed from names and shapes" if site.guessed else ""
+    return f"{name}: {len(site.layers)} layers, {site.heads} heads, {tokens}{guessed}"
 
 
 def _left_out(run: Run) -> Iterator[Element]:
@@ -132,7 +136,7 @@ def _analysed_by(result: xr.Dataset) -> str:
 
 
 def _listed(pairs: Mapping[str, object]) -> str:
-    return ", ".join(f"{name} {_plain(value)}" for name, value in pairs.items()) or "none"
+    return ", ".join(f"{name} {'none' if value is None else _plain(value)}" for name, value in pairs.items()) or "none"
 
 
 def _plain(value: object) -> str:

@@ -300,12 +300,12 @@ class ShadedText:
     def html(self) -> str:
         weights = np.nan_to_num(np.clip(np.asarray(self.weights, float), 0, None), posinf=0)
         shades = weights / (weights.max(initial=0) or 1) * 0.85
-        label = f'<span class="label">{_escape(self.label)}</span> ' if self.label else ""
+        label = f'<span class="label">{_escape(self.label)}</span>' if self.label else ""
         words = " ".join(
             f'<mark style="--weight:{s:.3f}" title="{w:.4g}">{_escape(t)}</mark>'
             for t, w, s in zip(self.tokens, weights, shades, strict=True)
         )
-        return f'<p class="words">{label}{words}</p>'
+        return f'<p class="words">{label}<span>{words}</span></p>'
 
 
 @dataclass(frozen=True)
