@@ -262,7 +262,7 @@ class _SiteLook:
         real = self._query_kind[samples] != padding
         done = self._status[samples] == EXTRACTED
         if self._name == "query_valid":
-            unmarked: np.ndarray = ~values.any(axis=-1)
+            unmarked = np.asarray(~values.any(axis=-1))
             yield from self._told(region, done & real.any(axis=1), unmarked, "marks no query row as valid")
             return
         rows = self._valid[samples, layers] & real[:, None]

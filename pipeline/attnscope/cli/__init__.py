@@ -35,17 +35,23 @@ class CommandLine(click.Group):
             os.environ.setdefault(name, value)
         try:
             code = super().main(args, prog_name, **extra)  # type: ignore[call-overload]
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # Whoever read our output has seen enough; keep Python from saying so when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 0
         except (Exception, KeyboardInterrupt) as error:
             if errors.wants_traceback():
                 raise
             code, sentence = errors.explain(error)
             click.echo(f"attnscope: {sentence}", err=True)
         sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Call the command; that nobody reads its output to the end is no error."""
+        try:
+            code = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Python flushes once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        return code
 
 
 def _show_warning(
