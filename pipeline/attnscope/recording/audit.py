@@ -104,6 +104,9 @@ class Audit(TorchDispatchMode):
         first = args[0] if args else None
         if kind == "fused":
             self._recording.count(str(func))
+            # The CPU kernel and flash attention hand back the log-sum-exp of every row: nobody has to compute it again.
+            given = isinstance(result, tuple | list) and len(result) > 1 and "_scaled_dot_product_flash" in _name(func)
+            self._recording.log_sum_exps.append(result[1] if given else None)
         elif kind == "softmax":
             self._softmax(first, result)
         elif kind == "product":

@@ -35,14 +35,20 @@ def is_quiet() -> bool:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Run operations that no recording sees, without a graph."""
+def unseen() -> Iterator[None]:
+    """Run operations that no recording sees."""
     token = _QUIET.set(True)
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         _QUIET.reset(token)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Run operations that no recording sees, without a graph."""
+    with unseen(), torch.no_grad():
+        yield
 
 
 @dataclass(eq=False)
@@ -58,6 +64,7 @@ class AttentionCall:
     `causal` and `window` are rules which the kernel applied on top; query i stands at key position i + `causal_offset`
     (0: aligned top left, as in sdpa; key_token - query_token: bottom right, as in flash attention).
     `rows_computed` (batch, query_token) is False where the kernel left a padded query out; None: it left none out.
+    `kernel_log_sum_exp` (batch, head, query_token) is what the kernel gave as such, of the few that give one.
 
     `probabilities` (batch, head, query_token, key_token) is kept only where no recipe reproduces the attention; `query`
     and `key` are then None where they are not known either, and so are `value` and `output` where nothing consumed the
@@ -83,6 +90,7 @@ class AttentionCall:
     probabilities: Tensor | None = None
     causal_offset: int = 0
     rows_computed: Tensor | None = None
+    kernel_log_sum_exp: Tensor | None = None
     _versions: tuple[int, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -118,6 +126,9 @@ class AttentionCall:
         """
         if self.probabilities is not None:
             raise ValueError(f"{self!r} has no log_sum_exp: its attention code leaves only probabilities")
+        given = self.kernel_log_sum_exp
+        if given is not None and given.shape == self.shape[:3] and self.sinks is None:
+            return given.detach().float()
         with quietly():
             blocks = [self._log_normaliser(self._scores(rows, ALL), ALL) for rows in self._row_blocks()]
             return torch.cat(blocks, dim=2).squeeze(3)
@@ -139,7 +150,9 @@ class AttentionCall:
             if self.sinks is not None:
                 sinks = self.sinks.float()[heads].view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
                 return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
-            return _zero_where_empty(torch.softmax(scores, dim=-1), scores)
+            attention = torch.softmax(scores, dim=-1)
+            empty = self._empty_rows(rows)
+            return attention if empty is None else attention.masked_fill_(empty[..., None], 0.0)
 
     def row_valid(self) -> Tensor:
         """Which query rows have a valid key and were computed: bool, broadcastable to (batch, head, query_token)."""
@@ -213,13 +226,15 @@ class AttentionCall:
         self._check_unchanged()
         query, key = self._query_key()
         with _full_precision(query):
-            scores = _grouped_product(query[:, heads][:, :, rows].float(), key, heads, query.shape[1]) * self.scale
+            # Scaling the query costs a hundredth of scaling the scores.
+            scaled = query[:, heads][:, :, rows].float() * self.scale
+            scores = _grouped_product(scaled, key, heads, query.shape[1])
             if self.softcap is not None:
-                scores = torch.tanh(scores / self.softcap) * self.softcap
+                scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
             for term in (self.bias, self.mask):
                 scores = _add_term(scores, term, rows, heads)
         positions = self._position_rule(rows)
-        return scores if positions is None else scores.masked_fill(~positions, float("-inf"))
+        return scores if positions is None else scores.masked_fill_(~positions, float("-inf"))
 
     def _position_rule(self, rows: Index) -> Tensor | None:
         """Which keys the causal rule and the window leave to a query, bool (rows, key_token); None: all."""
@@ -241,6 +256,13 @@ class AttentionCall:
         if self.sinks is None:
             return total
         return torch.logaddexp(total, self.sinks.float()[heads].view(1, -1, 1, 1))
+
+    def _empty_rows(self, rows: Index) -> Tensor | None:
+        """Which rows have no valid key, bool, broadcastable to (batch, head, rows); None: no rule masks anything."""
+        if self.mask is None and self.bias is None and not self.causal and self.window is None:
+            return None
+        empty = ~torch.cat([self._any_allowed(block) for block in self._row_blocks()], dim=2)
+        return empty if empty.shape[2] == 1 else empty[:, :, rows]
 
     def _any_allowed(self, rows: slice) -> Tensor:
         """Which rows have a key that no rule masks: bool, broadcastable to (batch, head, rows)."""
@@ -296,8 +318,8 @@ def _add_term(scores: Tensor, term: Tensor | None, rows: Index, heads: Index) ->
         return scores
     term = _take(term, rows, heads)
     if term.dtype == torch.bool:
-        return scores.masked_fill(~term, float("-inf"))
-    return (scores + term.float()).masked_fill(term <= MASKED_BELOW, float("-inf"))
+        return scores.masked_fill_(~term, float("-inf"))
+    return scores.add_(term.float()).masked_fill_(term <= MASKED_BELOW, float("-inf"))
 
 
 def _allowed(term: Tensor | None, rows: Index) -> Tensor | None:
@@ -305,8 +327,3 @@ def _allowed(term: Tensor | None, rows: Index) -> Tensor | None:
         return None
     term = _take(term, rows, ALL)
     return term if term.dtype == torch.bool else term > MASKED_BELOW
-
-
-def _zero_where_empty(attention: Tensor, scores: Tensor) -> Tensor:
-    empty = (scores == float("-inf")).all(dim=-1, keepdim=True)
-    return attention.masked_fill(empty, 0.0)

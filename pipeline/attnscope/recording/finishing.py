@@ -51,7 +51,7 @@ def finish(recording: Recording, found: Probabilities, actual: Tensor, value: Te
     if found.cut:
         record_alone(recording, origin)
         return output
-    origin.done = True
+    origin.finish()
     layout = layout_of(tuple(output.shape[:-2]), None if origin.frame is None else origin.frame.module)
     routed, shown = layout.route(output)
     with quietly():
@@ -63,7 +63,7 @@ def finish(recording: Recording, found: Probabilities, actual: Tensor, value: Te
 
 def record_alone(recording: Recording, origin: Softmax) -> None:
     """Record a softmax whose product with a value, if there is one, was not seen."""
-    origin.done = True
+    origin.finish()
     if origin.frame is None or origin.frame.name is None:
         return
     recording.cover(origin.tensor)
@@ -79,7 +79,7 @@ def record_alone(recording: Recording, origin: Softmax) -> None:
 
 def record(recording: Recording, name: str, kernel: str, fields: Fields) -> None:
     tier = "multihead" if kernel == "MultiheadAttention" else "function"
-    complete = dict.fromkeys(("query", "key", "value", "output")) | fields
+    complete: Fields = {"query": None, "key": None, "value": None, "output": None} | fields
 
     def make(name: str, number: int, index: int) -> AttentionCall:
         return AttentionCall(name, number, index, kernel, tier, **complete)
@@ -119,7 +119,8 @@ def _laid_out(scores: Scores, layout: Layout) -> Scores:
 
 def _reproduces(fields: Fields, actual: Tensor) -> bool:
     """Whether the recipe gives the actual probabilities on rows spread evenly, those without a valid key left out."""
-    call = AttentionCall("", 0, 0, "", "", **({"value": None, "output": None} | fields))
+    complete: Fields = {"value": None, "output": None} | fields
+    call = AttentionCall("", 0, 0, "", "", **complete)
     if tuple(actual.shape) != call.shape:
         return False
     queries = actual.shape[2]

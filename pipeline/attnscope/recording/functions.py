@@ -31,6 +31,7 @@ Kwargs = dict[str, Any]
 
 
 Tag = Scores | Probabilities
+Rule = Callable[[Scores, Args, Kwargs, Tensor], Scores | None]
 
 
 class _Tags:
@@ -79,7 +80,7 @@ def settle(recording: Recording, frame: Frame) -> None:
 
     They are where the module is named so, or where the audit saw a product whose operand the trail had lost.
     """
-    for origin in frame.softmaxes:
+    for origin in tuple(frame.softmaxes):
         if not origin.done and ("Attention" in type(frame.module).__name__ or recording.is_missed(origin.tensor)):
             record_alone(recording, origin)
 
@@ -145,9 +146,9 @@ def _einsum(tap: FunctionTap, func: Any, args: Args, kwargs: Kwargs) -> Any:
             return _finish_einsum(tap, found, pair, sides, roles, result)
     result = func(*args, **kwargs)
     with quietly():
-        pair = query_and_key(equation, operands)
-    if pair is not None:
-        tap.tags.set(result, provenance.product(*pair, result.shape))
+        sides_of_scores = query_and_key(equation, operands)
+    if sides_of_scores is not None:
+        tap.tags.set(result, provenance.product(*sides_of_scores, result.shape))
     return result
 
 
@@ -222,7 +223,7 @@ def _fused(tap: FunctionTap, func: Any, args: Args, kwargs: Kwargs) -> Any:
     return routed
 
 
-def _follow(rule: Callable[[Scores, Args, Kwargs, Tensor], Scores | None], alters: str = "") -> Callable[..., Any]:
+def _follow(rule: Rule, alters: str = "") -> Callable[..., Any]:
     """A handler that carries a tag from the first tensor operand to the result, through `rule` for scores."""
 
     def handler(tap: FunctionTap, func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -234,13 +235,22 @@ def _follow(rule: Callable[[Scores, Args, Kwargs, Tensor], Scores | None], alter
         tag = tags[position]
         if isinstance(tag, Scores):
             others = args[:position] + args[position + 1 :]
-            with quietly():
-                tap.tags.set(result, rule(tag, others, kwargs | {"_position": position}, result))
+            tap.tags.set(result, _ruled(rule, tag, others, kwargs | {"_position": position}, result))
         elif isinstance(tag, Probabilities):
             tap.tags.set(result, _carried(tag, args[position], args, kwargs, result, alters))
         return result
 
     return handler
+
+
+def _ruled(rule: Rule, scores: Scores, others: Args, kwargs: Kwargs, result: Tensor) -> Scores | None:
+    try:
+        with quietly():
+            return rule(scores, others, kwargs, result)
+    except (RuntimeError, LookupError, TypeError, ValueError):
+        # A way of calling that no rule foresaw must not end the model's forward: the trail breaks here, and the call
+        # is recorded with its probabilities.
+        return None
 
 
 def _carried(tag: Probabilities, source: Tensor, args: Args, kwargs: Kwargs, result: Tensor, alters: str) -> Tag:
@@ -249,9 +259,8 @@ def _carried(tag: Probabilities, source: Tensor, args: Args, kwargs: Kwargs, res
     if alters == "masked" and not (len(args) > 2 and args[2] == 0):
         return replace(tag, altered=True)
     if alters == "dropout":
-        training = bool(kwargs.get("training", args[2] if len(args) > 2 else True))
-        chance = float(kwargs.get("p", args[1] if len(args) > 1 else 0.5))
-        return replace(tag, dropped=tag.dropped or (training and chance > 0))
+        given = {"p": 0.5, "training": True} | dict(zip(("p", "training"), args[1:], strict=False)) | kwargs
+        return replace(tag, dropped=tag.dropped or bool(given["training"] and given["p"] > 0))
     if alters == "axes":
         return _permuted_probabilities(tag, source, result)
     if alters == "part" and result.shape != source.shape:
@@ -325,7 +334,8 @@ def _rule_regroup(scores: Scores, others: Args, kwargs: Kwargs, result: Tensor) 
 
 
 def _rule_transpose(scores: Scores, others: Args, kwargs: Kwargs, result: Tensor) -> Scores | None:
-    first, second = (kwargs.get(name, others[place]) for place, name in enumerate(("dim0", "dim1")))
+    given = dict(zip(("dim0", "dim1"), others, strict=False)) | kwargs
+    first, second = given["dim0"], given["dim1"]
     order = list(range(result.dim()))
     order[first], order[second] = order[second], order[first]
     return provenance.permute(scores, tuple(order))
@@ -399,7 +409,7 @@ HANDLERS: dict[Any, Callable[[FunctionTap, Any, Args, Kwargs], Any]] = {
     **dict.fromkeys((T.squeeze, torch.squeeze, T.unsqueeze, torch.unsqueeze, T.reshape_as), _REGROUP),
     **dict.fromkeys((T.transpose, torch.transpose, T.swapaxes, T.swapdims, torch.swapaxes), _TRANSPOSE),
     **dict.fromkeys((T.permute, torch.permute), _follow(_rule_permute, alters="axes")),
-    T.mT.__get__: _follow(_rule_swap, alters="axes"),
+    T.mT.__get__: _follow(_rule_swap, alters="axes"),  # type: ignore[attr-defined]
     **dict.fromkeys((T.to, T.float, T.half, T.bfloat16, T.double, T.type, T.type_as, T.contiguous, T.clone), _SAME),
     **dict.fromkeys((torch.clone, T.clamp, torch.clamp, T.clip, T.detach, T.requires_grad_, T.cpu, T.cuda), _SAME),
     **dict.fromkeys((T.nan_to_num, torch.nan_to_num), _SAME),

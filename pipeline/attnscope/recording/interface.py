@@ -64,6 +64,7 @@ def _record(
     for each in recordings:
         name = each.name_of(module)
         assert name is not None
+        recipe["kernel_log_sum_exp"] = each.kernel_log_sum_exp()
         each.add(
             name,
             lambda name, number, index: _verified(

@@ -102,7 +102,7 @@ _stance: list[AbstractContextManager[Any]] = []
 @contextmanager
 def _patched() -> Iterator[None]:
     """Put the taps in place while at least one recording of the process is open."""
-    global _depth
+    global _depth  # noqa: PLW0603 - counts what is patched for the whole process
     with _LOCK:
         if _depth == 0:
             _install()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from attnscope.recording.calls import AttentionCall, is_quiet
+from attnscope.recording.calls import AttentionCall, is_quiet, unseen
 
 ACTIVE: ContextVar[tuple[Recording, ...]] = ContextVar("attnscope_recordings", default=())
 
@@ -55,6 +55,12 @@ class Softmax:
     frame: Frame | None
     done: bool = False
 
+    def finish(self) -> None:
+        """A call has it now; the module under way need not hold it any longer."""
+        self.done = True
+        if self.frame is not None:
+            self.frame.softmaxes[:] = [each for each in self.frame.softmaxes if each is not self]
+
 
 class Recording:
     """The attention calls of one model, in call order; see `recording`."""
@@ -74,6 +80,7 @@ class Recording:
         self._counted: set[int] = set()
         self._missed: dict[int, tuple[str, str]] = {}
         self._inside = 0
+        self.log_sum_exps: list[Tensor | None] = []
 
     def __iter__(self) -> Iterator[AttentionCall]:
         return iter(self.calls)
@@ -116,10 +123,15 @@ class Recording:
     def inside(self) -> Iterator[None]:
         """Kernels that run here belong to a call which a tap records."""
         self._inside += 1
+        self.log_sum_exps.clear()
         try:
             yield
         finally:
             self._inside -= 1
+
+    def kernel_log_sum_exp(self) -> Tensor | None:
+        """What the one fused kernel of the call just recorded gave as the log-sum-exp of its rows, if it gave any."""
+        return self.log_sum_exps[0] if len(self.log_sum_exps) == 1 else None
 
     @property
     def is_inside(self) -> bool:
@@ -149,7 +161,12 @@ class Recording:
     def undecided(self) -> Iterator[Callable[[], None]]:
         """Gives what declares every kernel that ran here recorded after all."""
         before = set(self._missed)
-        yield lambda: [self._missed.pop(origin) for origin in set(self._missed) - before] and None
+
+        def settle() -> None:
+            for origin in set(self._missed) - before:
+                del self._missed[origin]
+
+        yield settle
 
     def close(self) -> None:
         self.audit.unrecorded = Counter(self._missed.values())
@@ -165,7 +182,8 @@ class Recording:
         if self._on_call is None:
             self.calls.append(_keepable(call))
         else:
-            self._on_call(call)
+            with unseen():
+                self._on_call(call)
 
 
 def observing() -> tuple[Recording, ...]:
