@@ -8,6 +8,7 @@ recorded whole; its roles are guessed from module names and shapes, and the run 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -58,25 +59,28 @@ class Fold:
 class SiteRule:
     """Calls of modules whose name matches `pattern` belong to `site`.
 
-    The pattern's group `layer` is the layer number, to which `first_layer` is added, and, where the pattern has a group
-    `stage`, the layers of the stages before it (`config.depths`). The site is named after its streams: 'vision.self',
-    or 'text.vision' for queries from the text and keys from the image. `call` picks one where a module is called
-    several times in a forward.
+    The pattern's group `layer` is the layer number, to which `first_layer` is added (a number, or the name of the
+    config's entry that holds it: 'text_config.num_hidden_layers'), and, where the pattern has a group `stage`, the
+    layers of the stages before it (`config.depths`). The site is named after its streams: 'vision.self', or
+    'text.vision' for queries from the text and keys from the image. `call` picks one where a module is called several
+    times in a forward.
     """
 
     pattern: str
     site: str
-    first_layer: int = 0
+    first_layer: int | str = 0
     call: int | None = None
 
-    def place(self, module: str, number: int, depths: Sequence[int] = ()) -> Placement | None:
-        """The placement of a call, or None when the rule isn't about it; `depths` are the layers of each stage."""
+    def place(self, module: str, number: int, config: object = None) -> Placement | None:
+        """The placement of a call in a model with this config, or None when the rule isn't about it."""
         match = re.search(self.pattern, module)
         if match is None or self.call not in (None, number):
             return None
         queries, keys = self.site.split(".")[:2]
         found = match.groupdict()
-        layer = int(found.get("layer") or 0) + self.first_layer + sum(depths[: int(found.get("stage") or 0)])
+        before = sum(stage_depths(config)[: int(found.get("stage") or 0)])
+        first = attrgetter(self.first_layer)(config) if isinstance(self.first_layer, str) else self.first_layer
+        layer = int(found.get("layer") or 0) + first + before
         return Placement(self.site, queries, queries if keys == "self" else keys, layer)
 
 
@@ -104,9 +108,8 @@ class ModelFamily:
 
     def place(self, call: "AttentionCall", loaded: "LoadedModel") -> Placement:
         """The placement of a call by the family's rules, or guessed from its module's name and its shape."""
-        depths = stage_depths(loaded.config)
         for rule in self.sites:
-            placement = rule.place(call.module, call.number, depths)
+            placement = rule.place(call.module, call.number, loaded.config)
             if placement is not None:
                 return placement
         site, queries, keys, layer = guess_placement(call, loaded)
