@@ -340,11 +340,14 @@ def _extract_block(job: _Job, block: range) -> tuple[int, int]:
     scores = np.full((1, len(block)), np.nan, np.float32)
     pictures = np.zeros((len(block), THUMBNAIL_PIXELS, THUMBNAIL_PIXELS, 3), np.uint8)
     with torch.random.fork_rng(devices=_cuda_devices(job.loaded)):
-        torch.manual_seed(_SEED + block.start)
         for batch_rows, inputs in batches:
+            seed = _SEED + block.start + batch_rows[0]
+            torch.manual_seed(seed)
             score, counts = _run_batch(job, buffer, batch_rows, inputs)
             if score is not None:
                 scores[0, batch_rows] = score
+            # A layout that depends on what the model drew (ViLT's order of patches) draws it again.
+            torch.manual_seed(seed)
             for name, layout in _layouts(job, inputs, counts).items():
                 tokens[name].put(batch_rows, layout)
             if job.run.plan.thumbnails:
