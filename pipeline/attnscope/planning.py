@@ -89,8 +89,8 @@ def prepare(samples: Sequence[Sample], loaded: LoadedModel) -> Prepared:
 
 
 def run_model(loaded: LoadedModel, inputs: Inputs) -> object:
-    """One forward."""
-    return loaded.model(**{k: _placed(v, loaded) for k, v in inputs.items()})
+    """One forward; inputs whose names begin with an underscore are notes for the layouts, not for the model."""
+    return loaded.model(**{k: _placed(v, loaded) for k, v in inputs.items() if not k.startswith("_")})
 
 
 def _placed(tensor: torch.Tensor, loaded: LoadedModel) -> torch.Tensor:
