@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def class_logits(outputs: object, inputs: object, loaded: "LoadedModel") -> "Tensor":
     """The logits of a classifier, before softmax: (sample, class)."""
-    logits = getattr(outputs, "logits", None)
+    logits = _first(outputs, "logits", "question_answering_score")
     if logits is None or logits.ndim != 2:
         raise ValueError(f"{loaded.name!r} gives no class logits: a class target needs a model with a classifier")
     return logits
@@ -24,10 +24,18 @@ def predicted(outputs: object, inputs: object, loaded: "LoadedModel") -> "Tensor
 
 def similarity(outputs: object, inputs: object, loaded: "LoadedModel") -> "Tensor":
     """The similarity of each image with its own text, in the model's own scale."""
-    logits = getattr(outputs, "logits_per_image", None)
+    logits = _first(outputs, "logits_per_image", "contrastive_logits_per_image")
     if logits is None:
         raise ValueError(f"{loaded.name!r} gives no image-text similarity")
     return logits.diagonal()
+
+
+def matching(outputs: object, inputs: object, loaded: "LoadedModel") -> "Tensor":
+    """The log-odds that each image and its text belong together, of a model with a matching head (nats)."""
+    logits = _first(outputs, "itm_score", "itm_logits", "logits", "logits_per_image")
+    if logits is None or logits.ndim != 2 or logits.shape[1] > 2:
+        raise ValueError(f"{loaded.name!r} gives no matching score of image and text")
+    return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
 
 def cls_norm(outputs: object, inputs: object, loaded: "LoadedModel") -> "Tensor":
@@ -66,17 +74,24 @@ def last_token(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedM
 
 
 def default_target(outputs: object) -> str:
-    """The name of the target that suits these outputs: similarity, predicted, last_token or cls_norm."""
-    if getattr(outputs, "logits_per_image", None) is not None:
+    """The name of the target that suits these outputs: similarity, matching, predicted, last_token or cls_norm."""
+    if _first(outputs, "logits_per_image", "contrastive_logits_per_image") is not None:
         return "similarity"
-    logits = getattr(outputs, "logits", None)
+    if getattr(outputs, "itm_score", None) is not None:
+        return "matching"
+    logits = _first(outputs, "logits", "question_answering_score")
     if logits is not None:
         return "predicted" if logits.ndim == 2 else "last_token"
     return "cls_norm"
 
 
+def _first(outputs: object, *names: str) -> "Tensor | None":
+    """The first of these outputs that the model gives."""
+    return next((found for name in names if (found := getattr(outputs, name, None)) is not None), None)
+
+
 def _last_hidden(outputs: object, loaded: "LoadedModel") -> "Tensor":
-    hidden = getattr(outputs, "last_hidden_state", None)
+    hidden = _first(outputs, "multimodal_embeddings", "language_output", "last_hidden_state")
     if hidden is None or hidden.ndim != 3:
         raise ValueError(f"{loaded.name!r} gives no last hidden state of tokens to take the norm of")
     return hidden
@@ -86,6 +101,7 @@ SCORES: "Mapping[str, Callable[[object, dict[str, Tensor], LoadedModel], Tensor]
     "class": class_logits,
     "predicted": predicted,
     "similarity": similarity,
+    "matching": matching,
     "cls_norm": cls_norm,
     "mean_norm": mean_norm,
     "last_token": last_token,
