@@ -151,7 +151,7 @@ class AttentionCall:
                 sinks = self.sinks.float()[heads].view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
                 return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
             attention = torch.softmax(scores, dim=-1)
-            empty = self._empty_rows(rows)
+            empty = self._empty_rows(rows, heads)
             return attention if empty is None else attention.masked_fill_(empty[..., None], 0.0)
 
     def row_valid(self) -> Tensor:
@@ -257,12 +257,12 @@ class AttentionCall:
             return total
         return torch.logaddexp(total, self.sinks.float()[heads].view(1, -1, 1, 1))
 
-    def _empty_rows(self, rows: Index) -> Tensor | None:
+    def _empty_rows(self, rows: Index, heads: Index) -> Tensor | None:
         """Which rows have no valid key, bool, broadcastable to (batch, head, rows); None: no rule masks anything."""
         if self.mask is None and self.bias is None and not self.causal and self.window is None:
             return None
-        empty = ~torch.cat([self._any_allowed(block) for block in self._row_blocks()], dim=2)
-        return empty if empty.shape[2] == 1 else empty[:, :, rows]
+        empty = ~torch.cat([self._any_allowed(block) for block in self._row_blocks()], dim=2)[:, :, rows]
+        return empty if empty.shape[1] == 1 else empty[:, heads]
 
     def _any_allowed(self, rows: slice) -> Tensor:
         """Which rows have a key that no rule masks: bool, broadcastable to (batch, head, rows)."""
@@ -317,6 +317,8 @@ def _add_term(scores: Tensor, term: Tensor | None, rows: Index, heads: Index) ->
     if term is None:
         return scores
     term = _take(term, rows, heads)
+    if torch.broadcast_shapes(scores.shape, term.shape) != scores.shape:
+        scores = scores.expand(torch.broadcast_shapes(scores.shape, term.shape)).clone()
     if term.dtype == torch.bool:
         return scores.masked_fill_(~term, float("-inf"))
     return scores.add_(term.float()).masked_fill_(term <= MASKED_BELOW, float("-inf"))
