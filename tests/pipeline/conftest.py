@@ -1,9 +1,14 @@
 """Tiny models with wide random weights (so that attention is far from uniform), saved as users save theirs."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 WORDS = "a red green blue cat dog circle square on left of the big small box with two".split()
 WIDTH = 0.3
@@ -101,3 +106,58 @@ def captioned_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records.append({"id": f"s{number}", "file_name": f"{number}.png", "text": text})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def made_model() -> "Callable[..., torch.nn.Module]":
+    """A function that makes a model of a class and a configuration, with wide random weights."""
+
+    def make(name: str, config: "object", kernel: str = "eager") -> "torch.nn.Module":
+        import transformers
+
+        model = getattr(transformers, name)._from_config(config, attn_implementation=kernel)
+        return _wide(model)  # type: ignore[return-value]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def own_attention() -> "Callable[..., dict[str, list[np.ndarray]]]":
+    """A function that gives the softmaxes of a model's forward by the name of the module that ran them."""
+    import torch
+    from torch.nn import functional
+    from torch.overrides import TorchFunctionMode
+
+    class Spy(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.running: list[str] = []
+            self.seen: dict[str, list[np.ndarray]] = {}
+
+        def __torch_function__(self, func: "Any", types: "Any", args: "Any" = (), kwargs: "Any" = None) -> "Any":
+            kwargs = dict(kwargs or {})
+            if func is functional.multi_head_attention_forward:
+                kwargs |= {"need_weights": True, "average_attn_weights": False}
+            result = func(*args, **kwargs)
+            if func is functional.multi_head_attention_forward:
+                self.keep(result[1])
+            elif func in (torch.softmax, torch.Tensor.softmax, functional.softmax):
+                self.keep(result)
+            return result
+
+        def keep(self, attention: torch.Tensor) -> None:
+            self.seen.setdefault(self.running[-1], []).append(attention.detach().float().numpy().copy())
+
+    def spy_on(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, list[np.ndarray]]:
+        spy = Spy()
+        handles = []
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: spy.running.append(name)))
+            handles.append(module.register_forward_hook(lambda *_: spy.running.pop() and None))
+        with torch.no_grad(), spy:
+            model(**inputs)
+        for handle in handles:
+            handle.remove()
+        return spy.seen
+
+    return spy_on

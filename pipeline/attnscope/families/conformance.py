@@ -191,8 +191,10 @@ def _fitting(hidden: Sequence[torch.Tensor], recorded: torch.Tensor, weight: tor
 
 def _agree(made: torch.Tensor, recorded: torch.Tensor) -> bool:
     # The same direction, whatever the length; or the same length up to one factor, as a (scaled) rotation leaves it.
-    cosine = torch.nn.functional.cosine_similarity(made, recorded, dim=-1)
-    ratio = recorded.norm(dim=-1) / made.norm(dim=-1).clamp_min(1e-9)
+    lengths = made.norm(dim=-1), recorded.norm(dim=-1)
+    some = (lengths[0] > 0) | (lengths[1] > 0)
+    cosine = torch.nn.functional.cosine_similarity(made, recorded, dim=-1)[some]
+    ratio = (lengths[1] / lengths[0])[some]
     return bool((cosine > 1 - _TOLERANCE).all() or (ratio / ratio.mean() - 1).abs().max() <= _TOLERANCE)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def stage_grids(inputs: "dict[str, Tensor]", loaded: "LoadedModel") -> list[tuple[int, int]]:
     """Rows and columns of patches in each stage, by its strided convolution."""
-    config = getattr(loaded.config, "vision_config", loaded.config)
+    config = loaded.config.vision_config
     rows, columns = inputs["pixel_values"].shape[-2:]
     grids = []
     for size, stride, edge in zip(config.patch_size, config.patch_stride, config.patch_padding, strict=True):
@@ -97,7 +97,7 @@ def _encode_prompts(samples: Sequence[Sample], loaded: "LoadedModel") -> "dict[s
 _LAYER = r"layers\.(?P<layer>\d+)"
 FAMILY = ModelFamily(
     name="florence2",
-    model_types=("florence2", "florence_vision"),
+    model_types=("florence2",),
     sites=(
         SiteRule(r"(^|\.)blocks\.(?P<stage>\d+)\.(?P<layer>\d+)\.spatial_block", "vision.self"),
         SiteRule(r"(^|\.)blocks\.(?P<stage>\d+)\.(?P<layer>\d+)\.channel_block", "channels.self"),

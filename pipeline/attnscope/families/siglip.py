@@ -24,20 +24,30 @@ def siglip_patches(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: i
     return ragged_grid_layout(np.asarray(inputs["spatial_shapes"].cpu()), tokens)
 
 
-FAMILY = ModelFamily(
+_STREAMS = {"vision": siglip_patches, "text": text_tokens(), "queries": query_tokens}
+_PROBE = SiteRule(r"(^|\.)head\.attention", "queries.vision")
+
+SIGLIP = ModelFamily(
     name="siglip",
-    model_types=(
-        "siglip",
-        "siglip_vision_model",
-        "siglip_text_model",
-        "siglip2",
-        "siglip2_vision_model",
-        "siglip2_text_model",
-    ),
+    model_types=("siglip", "siglip2"),
     sites=(
         SiteRule(r"vision_model\.encoder\.layers\.(?P<layer>\d+)\.", "vision.self"),
         SiteRule(r"text_model\.encoder\.layers\.(?P<layer>\d+)\.", "text.self"),
-        SiteRule(r"(^|\.)head\.attention", "queries.vision"),
+        _PROBE,
     ),
-    streams={"vision": siglip_patches, "text": text_tokens(), "queries": query_tokens},
+    streams=_STREAMS,
+)
+
+SIGLIP_VISION = ModelFamily(
+    name="siglip-vision",
+    model_types=("siglip_vision_model", "siglip2_vision_model"),
+    sites=(SiteRule(r"(^|\.)encoder\.layers\.(?P<layer>\d+)\.", "vision.self"), _PROBE),
+    streams=_STREAMS,
+)
+
+SIGLIP_TEXT = ModelFamily(
+    name="siglip-text",
+    model_types=("siglip_text_model", "siglip2_text_model"),
+    sites=(SiteRule(r"(^|\.)encoder\.layers\.(?P<layer>\d+)\.", "text.self"),),
+    streams=_STREAMS,
 )
