@@ -121,22 +121,22 @@ def _thin(query: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray, t
 def _orthonormal(projection: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Orthonormal basis B of the rows, in pieces, and the core C (..., channel, channel) with W = C B.
 
-    Cholesky of the small Gram matrix, twice over, which is as exact as Householder's QR unless rows are all but
-    dependent; then it is Householder's. (Fukaya et al., "CholeskyQR2", ScalA 2014.)
+    Cholesky of the small Gram matrix, repeated until that is the identity: as exact as Householder's QR unless rows
+    are all but dependent; then it is Householder's. (Fukaya et al., "CholeskyQR2", ScalA 2014.)
     """
-    basis = _pieces(projection)
-    try:
-        first = np.linalg.cholesky(_row_products(basis, basis))
-        basis = np.linalg.inv(first)[..., None, :, :] @ basis
-        second = np.linalg.cholesky(_row_products(basis, basis))
-        basis = np.linalg.inv(second)[..., None, :, :] @ basis
-    except np.linalg.LinAlgError:
-        return _householder(projection)
-    channels = projection.shape[-2]
-    error = np.abs(_row_products(basis, basis) - np.eye(channels)).max()
-    if not error < 10 * channels * np.finfo(projection.dtype).eps:
-        return _householder(projection)
-    return basis, first @ second
+    basis, core = _pieces(projection), np.eye(projection.shape[-2], dtype=projection.dtype)
+    enough = max(1e-12, 10 * np.finfo(projection.dtype).eps)
+    for _ in range(3):
+        gram = _row_products(basis, basis)
+        if np.abs(gram - np.eye(gram.shape[-1])).max() < enough:
+            return basis, core
+        try:
+            lower = np.linalg.cholesky(gram)
+        except np.linalg.LinAlgError:
+            break
+        basis = np.linalg.inv(lower)[..., None, :, :] @ basis
+        core = core @ lower
+    return _householder(projection)
 
 
 def _householder(projection: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -92,7 +92,8 @@ def test_a_broken_plugin_is_named_in_a_warning_and_costs_the_others_nothing(
     finished = load(tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert "analysers: good qk_svd relevance" in finished.stdout
-    assert "families: bert clip vit" in finished.stdout
+    [families] = [line for line in finished.stdout.splitlines() if line.startswith("families:")]
+    assert {"bert", "clip", "vit"} <= set(families.split())
     [warning] = [line for line in finished.stdout.splitlines() if line.startswith("RuntimeWarning")]
     assert "'outside_broken' of outside-broken 1.0" in warning
     assert reason in finished.stdout
