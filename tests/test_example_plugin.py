@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from attnscope.testing import make_run
 
 EXAMPLE = Path(__file__).parent / "example_plugin"
 
@@ -69,6 +72,20 @@ def test_its_analyser_and_family_work_as_the_built_in_ones_do(installed: dict[st
         "stamp": ["attnscope-example", "1.2.3"],
         "shown": True,
     }
+
+
+def test_the_command_line_lists_runs_and_reports_it(installed: dict[str, str], tmp_path: Path) -> None:
+    make_run(location=str(tmp_path / "run.zarr"))
+
+    def attnscope(*arguments: str) -> str:
+        return python(installed, "-c", "from attnscope.cli import main; main()", *arguments)
+
+    listed = attnscope("plugins")
+    assert re.search(r"attention_distance +attnscope-example +1\.2\.3 +site", listed)
+    assert re.search(r"example +attnscope-example +1\.2\.3", listed)
+    attnscope("analyse", str(tmp_path / "run.zarr"), "attention_distance")
+    attnscope("report", str(tmp_path / "run.zarr"), "--out", str(tmp_path / "report.html"))
+    assert "distance in patches" in (tmp_path / "report.html").read_text()
 
 
 def test_the_example_is_small_enough_to_copy() -> None:
