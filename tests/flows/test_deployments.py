@@ -1,6 +1,7 @@
 """Deployments: where they run from, and the form that Prefect makes of their parameters."""
 
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +45,16 @@ def test_runs_are_named_after_model_and_run() -> None:
     assert FLOWS["extract"].flow_run_name == "extract {model} into {out}"
     assert FLOWS["analyse"].flow_run_name == "analyse {run}"
     assert FLOWS["study"].flow_run_name == "study {model} into {out}"
+
+
+def test_the_example_of_the_page_serves_a_nightly_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    import prefect
+
+    page = Path(__file__).parents[2] / "docs" / "scheduling.md"
+    served: list[object] = []
+    monkeypatch.setattr(prefect, "serve", lambda *deployments, limit: served.extend([*deployments, limit]))
+    block = page.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    exec(compile(block, str(page), "exec"), {})
+    nightly, limit = served
+    assert limit == 1
+    assert (nightly.flow_name, nightly.name) == ("study", "nightly")

