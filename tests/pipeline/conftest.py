@@ -10,17 +10,40 @@ import pytest
 if TYPE_CHECKING:
     import torch
 
-WORDS = "a red green blue cat dog circle square on left of the big small box with two".split()
+WORDS = [
+    "a",
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "circle",
+    "square",
+    "on",
+    "left",
+    "of",
+    "the",
+    "big",
+    "small",
+    "box",
+    "with",
+    "two",
+]
 WIDTH = 0.3
 
 
 def _wide(model: "object", seed: int = 0) -> "object":
-    """The model with every parameter drawn anew, normal with standard deviation 0.3 (gains around 1)."""
+    """The model with every parameter drawn anew, normal with standard deviation 0.3 (gains around 1).
+
+    What a model freezes from the start (sinusoids) stays as it is.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
+            if not parameter.requires_grad:
+                continue
             is_gain = "norm" in name.lower() and name.endswith("weight")
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * WIDTH + is_gain)
     return model.eval()  # type: ignore[attr-defined]

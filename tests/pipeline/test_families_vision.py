@@ -334,7 +334,10 @@ def detector(make: MakeModel, kernel: str = "eager") -> torch.nn.Module:
         d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
         encoder_ffn_dim=37, decoder_ffn_dim=37, num_queries=5, num_labels=3,
     )  # fmt: skip
-    return make("DetrForObjectDetection", config, kernel)
+    model = make("DetrForObjectDetection", config, kernel)
+    # Wide convolutions make scores near 100, where float32 itself is no finer than 1e-5.
+    model.model.input_projection.weight.data *= 0.3
+    return model
 
 
 def test_a_detector_reads_each_image_on_a_grid_of_its_own(
@@ -343,10 +346,11 @@ def test_a_detector_reads_each_image_on_a_grid_of_its_own(
     processor = hf.DetrImageProcessorPil(size={"shortest_edge": 96, "longest_edge": 160})
     model = detector(made_model)
     folder = save(tmp_path, model, processor)
-    samples = photographs((96, 160), (160, 96), (96, 96))
+    # In the order of their lengths, as batches are made: in another order, sums are rounded otherwise.
+    samples = photographs((96, 96), (96, 160), (160, 96))
     run = extract(folder, samples, spec=EXACT, batch_size=3, attn_implementation="eager")
     assert set(run.sites) == {"vision.self", "queries.self", "queries.vision"}
-    shapes = [(3, 5), (5, 3), (3, 3)]
+    shapes = [(3, 3), (3, 5), (5, 3)]
     loaded = load_model(folder, attn_implementation="eager")
     inputs = loaded.family.encode(samples, loaded)
     assert inputs["pixel_values"].shape[-2:] == (160, 160)
@@ -354,7 +358,7 @@ def test_a_detector_reads_each_image_on_a_grid_of_its_own(
     for sample, (rows, columns) in enumerate(shapes):
         real = [r * 5 + c for r, c in grid(rows, columns)]
         assert places(run, "vision", sample) == grid(rows, columns)
-        assert kinds(run, "vision", sample)[: len(real) + 1] == ["image"] * len(real) + ["padding"]
+        assert kinds(run, "vision", sample) == ["image"] * len(real) + ["padding"] * (24 - len(real))
         for layer in range(2):
             for site, module, queries in (
                 ("vision.self", "encoder.layers.{}.self_attn", real),
