@@ -107,9 +107,9 @@ def _check_layout(stream: str, tokens: int, layout: TokenLayout, samples: int) -
 
 def _check_coverage(seen: Sequence[_Seen], layouts: Mapping[tuple[str, int], TokenLayout]) -> None:
     """In each layer every real token is a query exactly once, and a key at least once."""
-    by_layer: dict[tuple[str, int], list[_Seen]] = {}
+    by_layer: dict[tuple[str, Placement], list[_Seen]] = {}
     for each in seen:
-        by_layer.setdefault((each.call.module, each.placement.layer), []).append(each)
+        by_layer.setdefault((each.call.module, each.placement), []).append(each)
     for (module, _), group in by_layer.items():
         for side in ("queries", "keys"):
             stream = getattr(group[0].placement, side)
@@ -183,10 +183,15 @@ def _check_weights(call: AttentionCall, loaded: LoadedModel, given: Mapping[str,
 
 
 def _fitting(hidden: Sequence[torch.Tensor], recorded: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
-    """Those tensors that can be the hidden states (batch, token, feature) of a recorded query or key."""
+    """Those tensors that can be the hidden states (batch, token, feature) of a recorded query or key.
+
+    Torch's own attention modules may take them as (token, batch, feature).
+    """
     batch, _, tokens, _ = recorded.shape
     size = (batch, tokens, weight.shape[-1])
-    return [x.float().cpu().reshape(size) for x in hidden if x.numel() == np.prod(size) and x.shape[-1] == size[-1]]
+    sized = [x.float().cpu() for x in hidden if x.numel() == np.prod(size) and x.shape[-1] == size[-1]]
+    turned = [x.transpose(0, 1) for x in sized if x.shape[:2] == (tokens, batch)]
+    return [*(x.reshape(size) for x in sized), *turned]
 
 
 def _agree(made: torch.Tensor, recorded: torch.Tensor) -> bool:
