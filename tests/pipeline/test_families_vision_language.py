@@ -434,9 +434,9 @@ def test_blip_answers_from_the_question(tmp_path: Path) -> None:
 
 def test_bridgetower_continues_the_layers_of_both_streams(tmp_path: Path) -> None:
     config = transformers.BridgeTowerConfig(
-        **{**SMALL, "hidden_size": 128, "num_attention_heads": 2}, contrastive_hidden_size=16,
-        text_config={**WORDED, "hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 3},
-        vision_config={"hidden_size": 128, "num_hidden_layers": 3, "patch_size": 8, "image_size": 32},
+        **{**SMALL, "hidden_size": 64, "num_attention_heads": 1}, contrastive_hidden_size=16,
+        text_config={**WORDED, "hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3},
+        vision_config={"hidden_size": 64, "num_hidden_layers": 3, "patch_size": 8, "image_size": 32},
     )  # fmt: skip
     processor = transformers.BridgeTowerImageProcessorPil(
         size={"shortest_edge": 32}, crop_size={"shortest_edge": 32}, size_divisor=8
