@@ -133,6 +133,19 @@ def test_fully_masked_rows_are_zero_and_not_valid() -> None:
         assert valid.sum() == 2 * 4 * 6 - 4
 
 
+def test_the_kernels_log_sum_exp_is_what_the_scores_give() -> None:
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    mask[1, :, 4] = False
+    model = llama()
+    with recording(model) as rec, torch.no_grad():
+        model(input_ids=inputs()["input_ids"], attention_mask=mask)
+    for call in rec:
+        assert call.kernel_log_sum_exp is not None
+        given, call.kernel_log_sum_exp = call.log_sum_exp(), None
+        assert torch.allclose(given, call.log_sum_exp(), atol=2e-6)
+        assert given[1, :, 4].eq(float("-inf")).all()
+
+
 def test_rows_that_the_kernel_left_out_are_not_valid() -> None:
     computed = torch.ones(2, 6, dtype=torch.bool)
     computed[0, 4:] = False

@@ -127,9 +127,11 @@ class AttentionCall:
         if self.probabilities is not None:
             raise ValueError(f"{self!r} has no log_sum_exp: its attention code leaves only probabilities")
         given = self.kernel_log_sum_exp
-        if given is not None and given.shape == self.shape[:3] and self.sinks is None:
-            return given.detach().float()
         with quietly():
+            if given is not None and given.shape == self.shape[:3] and self.sinks is None:
+                empty = self._empty_rows(ALL, ALL)
+                # Torch's CPU kernel gives zero for a row without a valid key.
+                return given.float() if empty is None else given.float().masked_fill(empty, float("-inf"))
             blocks = [self._log_normaliser(self._scores(rows, ALL), ALL) for rows in self._row_blocks()]
             return torch.cat(blocks, dim=2).squeeze(3)
 
@@ -159,7 +161,8 @@ class AttentionCall:
         with quietly():
             if self.probabilities is not None:
                 return (self.probabilities > 0).any(dim=-1)
-            valid = torch.cat([self._any_allowed(rows) for rows in self._row_blocks()], dim=2)
+            blocks = [self._any_allowed(rows) for rows in self._row_blocks()]
+            valid = blocks[0] if blocks[0].shape[2] == 1 else torch.cat(blocks, dim=2)
             return valid if self.rows_computed is None else valid & self.rows_computed[:, None]
 
     def attention_gradient(self, output_gradient: Tensor, rows: Index = ALL, heads: Index = ALL) -> Tensor:
@@ -183,8 +186,8 @@ class AttentionCall:
     def output_error(self, rows: Index = ALL) -> float:
         """Largest absolute difference between attention times value and the recorded output, over the valid rows.
 
-        Proof that the recipe is what the kernel did. Not meaningful where dropout ran, nor for a module whose
-        output could not be recovered.
+        Proof that the recipe is what the kernel did. Not meaningful where dropout ran, nor after the forward where
+        the model changes its output in place: compare in `on_call` then.
         """
         if self.value is None or self.output is None:
             raise ValueError(f"{self!r} has no output to compare with")
@@ -261,13 +264,12 @@ class AttentionCall:
         """Which rows have no valid key, bool, broadcastable to (batch, head, rows); None: no rule masks anything."""
         if self.mask is None and self.bias is None and not self.causal and self.window is None:
             return None
-        empty = ~torch.cat([self._any_allowed(block) for block in self._row_blocks()], dim=2)[:, :, rows]
+        empty = ~self._any_allowed(rows)
         return empty if empty.shape[1] == 1 else empty[:, heads]
 
-    def _any_allowed(self, rows: slice) -> Tensor:
+    def _any_allowed(self, rows: Index) -> Tensor:
         """Which rows have a key that no rule masks: bool, broadcastable to (batch, head, rows)."""
-        device = self._query_key()[0].device
-        allowed = torch.ones(1, 1, rows.stop - rows.start, 1, dtype=torch.bool, device=device)
+        allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self._query_key()[0].device)
         positions = self._position_rule(rows)
         for rule in (_allowed(self.bias, rows), _allowed(self.mask, rows), positions):
             allowed = allowed if rule is None else allowed & rule
