@@ -32,6 +32,7 @@ MODEL_LINE = (
     "recipes",
     "writing",
     "planning",
+    "proving",
     "capturing",
     "extraction",
     "inspection",

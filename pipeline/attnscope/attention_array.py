@@ -6,7 +6,6 @@ rows without a valid key come back as NaN.
 """
 
 import itertools
-from collections.abc import Sequence
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,7 +29,7 @@ _HALF_TO_FLOAT = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.fl
 
 
 def to_float32(values: np.ndarray) -> np.ndarray:
-    """Any stored precision as float32: bfloat16 from its bits, half by a table, several times faster than numpy's cast."""
+    """Any stored precision as float32: bfloat16 from its bits, half by a table (several times numpy's speed)."""
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32)
     if values.dtype == np.float16:
@@ -41,7 +40,7 @@ def to_float32(values: np.ndarray) -> np.ndarray:
 class TileSource(Protocol):
     """What an attention form must offer: its shape, and the float32 values of one contiguous tile."""
 
-    shape: tuple[int, int, int, int, int]
+    shape: tuple[int, ...]
 
     def read(self, tile: Tile) -> np.ndarray: ...
 
@@ -54,7 +53,7 @@ class DenseTiles:
         self.shape = array.shape
 
     def read(self, tile: Tile) -> np.ndarray:
-        return to_float32(np.asarray(self._array[tile]))
+        return to_float32(_read(self._array, tile))
 
 
 class FactoredTiles:
@@ -68,7 +67,7 @@ class FactoredTiles:
         self._arrays = arrays
         self._recipes = recipes
         samples, layers, heads, queries, _ = arrays["query"].shape
-        self.shape = (samples, layers, heads, queries, arrays["key"].shape[3])
+        self.shape: tuple[int, ...] = (samples, layers, heads, queries, arrays["key"].shape[3])
 
     def read(self, tile: Tile) -> np.ndarray:
         samples, layers, heads, queries, keys = tile
@@ -91,7 +90,7 @@ class FactoredTiles:
         return np.exp(scores, out=scores)
 
     def _values(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return np.asarray(self._arrays[name][index])
+        return _read(self._arrays[name], index)
 
     def _allowed(self, samples: slice, layers: slice, queries: slice, keys: slice) -> np.ndarray:
         """Which query may attend to which key: (sample, layer, query_token, key_token)."""
@@ -178,14 +177,14 @@ class AttentionArray(BackendArray):
 
     def _read(self, tile: Tile) -> np.ndarray:
         samples, layers, _, queries, keys = tile
-        done = self._status[samples] == 1
+        done = _read(self._status, samples) == 1
         if not done.any():
             return np.full([s.stop - s.start for s in tile], np.nan, np.float32)
         values = self._source.read(tile)
         padding = KIND_CODES["padding"]
-        rows = self._query_valid[samples, layers, queries] & (self._query_kind[samples, queries] != padding)[:, None]
-        rows &= done[:, None, None]
-        columns = self._key_kind[samples, keys] != padding
+        rows = _read(self._query_valid, (samples, layers, queries)) & done[:, None, None]
+        rows &= (_read(self._query_kind, (samples, queries)) != padding)[:, None]
+        columns = _read(self._key_kind, (samples, keys)) != padding
         if not rows.all():
             values[~np.broadcast_to(rows[:, :, None], values.shape[:-1])] = np.nan
         if not columns.all():
@@ -232,6 +231,10 @@ def _plain(positions: np.ndarray) -> slice | np.ndarray:
 def _head_mean(parts: Sequence[np.ndarray]) -> np.ndarray:
     product = parts[0] if len(parts) == 1 else np.clip(np.prod(parts, axis=0), 0, None)
     return product.mean(1)
+
+
+def _read(array: zarr.Array, index: slice | tuple[slice, ...]) -> np.ndarray:
+    return np.asarray(array[index])
 
 
 def _positions(index: Index, length: int) -> np.ndarray:

@@ -18,7 +18,8 @@ from zarr.abc.store import Store
 from attnscope.analysis import requirements
 from attnscope.capturing import Places, Taker
 from attnscope.families import Inputs
-from attnscope.families.layouts import patch_tokens, text_tokens
+from attnscope.families.layouts import DEFAULT_LAYOUTS
+from attnscope.families.weights import projections
 from attnscope.loading import LoadedModel, load_model
 from attnscope.planning import (
     Prepared,
@@ -30,6 +31,7 @@ from attnscope.planning import (
     probe,
     run_model,
 )
+from attnscope.proving import look_at_projections
 from attnscope.quantities import ExtractSpec, union
 from attnscope.recording import AttentionCall, recording
 from attnscope.run import EXTRACTED, LEFT_OUT, THUMBNAIL_PIXELS, Run, RunError, open_run
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
 
 _SEED = 0
 _BATCH_LIMIT = 16
-_DEFAULT_LAYOUTS = {"vision": patch_tokens, "text": text_tokens()}
 
 
 class DeadlineReached(RuntimeError):
@@ -142,7 +143,8 @@ def extract(
     report = _Reporter(progress, started, len(listed))
     with _evaluation(loaded.model):
         prepared = prepare(listed, loaded) if ready is None else Prepared(listed, _ready_lengths(ready), {})
-        run = _open_or_create(loaded, wanted, prepared, ready, out, batch_size, report)
+        source = str(samples) if isinstance(samples, str | Path) else ""
+        run = _open_or_create(loaded, wanted, prepared, ready, (out, source), batch_size, report)
         _extract_blocks(loaded, run, wanted, prepared, ready, batch_size, report, deadline)
     return run
 
@@ -170,10 +172,12 @@ def _listed(
     given = list(samples)
     if not given:
         raise SampleError("there are no samples: the iterable is empty")
-    if isinstance(given[0], Sample):
-        return unique_ids(given)[:limit], None  # type: ignore[arg-type]
-    rows = [{k: v[i : i + 1] for k, v in batch.items()} for batch in given for i in range(_batch_length(batch))][:limit]  # type: ignore[union-attr, arg-type]
-    return [Sample(f"input-{i}") for i in range(len(rows))], rows
+    listed = [s for s in given if isinstance(s, Sample)]
+    if listed:
+        return unique_ids(listed)[:limit], None
+    batches = [b for b in given if isinstance(b, Mapping)]
+    rows = [{k: v[i : i + 1] for k, v in batch.items()} for batch in batches for i in range(_batch_length(batch))]
+    return [Sample(f"input-{i}") for i in range(len(rows[:limit]))], rows[:limit]
 
 
 def _from_source(source: str, limit: int | None) -> list[Sample]:
@@ -203,10 +207,11 @@ def _open_or_create(
     spec: ExtractSpec,
     prepared: Prepared,
     ready: Sequence[Inputs] | None,
-    out: str | Path | Store | None,
+    ends: tuple[str | Path | Store | None, str],
     batch_size: int | None,
     report: "_Reporter",
 ) -> Run:
+    out, source = ends
     report("plan", message=f"checking {loaded.name}")
     digest = loaded.digest()
     existing = _existing(out)
@@ -215,15 +220,21 @@ def _open_or_create(
         existing.tidy()
         return existing
     inputs = _probe_inputs(loaded, prepared, ready)
-    calls = probe(loaded, inputs)
+    calls, outputs = probe(loaded, inputs)
     thumbnails = ready is None and any(s.image is not None for s in prepared.samples)
     plan = plan_run(calls, spec, prepared, batch_size, thumbnails)
     forecast = forecast_bytes(calls, plan, spec, len(prepared.samples))
     report("plan", message=f"the run will take about {_megabytes(forecast)}")
     check_space(forecast, out)
-    run = Run.create(out, plan, spec, prepared.samples, _described(loaded, spec, digest, forecast))
+    run = Run.create(
+        out,
+        plan,
+        spec,
+        prepared.samples,
+        {**_described(loaded, digest), **_target(loaded, spec, outputs), "samples": source, "forecast_bytes": forecast},
+    )
     if "weights" in spec.quantities:
-        _write_weights(loaded, run)
+        _write_weights(loaded, run, inputs)
     return run
 
 
@@ -250,7 +261,7 @@ def _check_same(run: Run, spec: ExtractSpec, prepared: Prepared, digest: str) ->
         raise RunError(f"{run.location} holds other samples than these; choose another place")
 
 
-def _described(loaded: LoadedModel, spec: ExtractSpec, digest: str, forecast: int) -> dict[str, object]:
+def _described(loaded: LoadedModel, digest: str) -> dict[str, object]:
     return {
         "model": loaded.name,
         "revision": loaded.revision or "",
@@ -260,10 +271,15 @@ def _described(loaded: LoadedModel, spec: ExtractSpec, digest: str, forecast: in
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": loaded.device.type,
         "attention_kernel": str(getattr(loaded.config, "_attn_implementation", None) or "own code"),
-        "target": "" if spec.target is None else spec.target,
         "seed": _SEED,
-        "forecast_bytes": forecast,
     }
+
+
+def _target(loaded: LoadedModel, spec: ExtractSpec, outputs: object) -> dict[str, object]:
+    """What gradients and scores are taken of, by name, even where none was asked for."""
+    if not spec.needs_gradient and "score" not in spec.quantities:
+        return {}
+    return {"target": loaded.family.target(outputs) if spec.target is None else spec.target}
 
 
 def _probe_inputs(loaded: LoadedModel, prepared: Prepared, ready: Sequence[Inputs] | None) -> Inputs:
@@ -289,14 +305,25 @@ def _blameless(message: str) -> str:
     return message
 
 
-def _write_weights(loaded: LoadedModel, run: Run) -> None:
-    from attnscope.families.weights import projections
-
-    for name, site in run.plan.sites.items():
-        for position, module in enumerate(site.modules):
-            arrays = projections(loaded.model, module, site)
-            if arrays is not None:
-                run.write_weights(name, position, arrays)
+def _write_weights(loaded: LoadedModel, run: Run, inputs: Inputs) -> None:
+    """Store the projections of every site that has them, with what was seen to stand before and behind them."""
+    found = {
+        (name, position): arrays
+        for name, site in run.plan.sites.items()
+        for position, module in enumerate(site.modules)
+        if (arrays := projections(loaded.model, module, site)) is not None
+    }
+    modules = {place: run.plan.sites[place[0]].modules[place[1]] for place in found}
+    queries = {modules[place]: (arrays["query"], arrays["query_bias"]) for place, arrays in found.items()}
+    seen = look_at_projections(loaded, inputs, queries)
+    for (name, position), arrays in found.items():
+        gain = seen.norm_gain.get(modules[name, position])
+        if gain is not None and gain.shape == arrays["query"].shape[-1:]:
+            arrays["norm_gain"] = gain
+        run.write_weights(name, position, arrays)
+    for name in {name for name, _ in found}:
+        plain = [seen.is_plain.get(module) for place, module in modules.items() if place[0] == name]
+        run.describe_weights(name, rotary=not all(p is not False for p in plain))
 
 
 def _extract_blocks(
@@ -479,9 +506,11 @@ def _layouts(job: _Job, inputs: Inputs, counts: Mapping[str, int]) -> dict[str, 
     """
     samples = len(next(iter(inputs.values())))
     result = {}
+    sites = job.run.plan.sites.values()
+    packed = {s for site in sites if site.guessed and -1 in site.call_numbers for s in (site.queries, site.keys)}
     for stream, tokens in counts.items():
         base = stream.split(".")[0]
-        layout = job.loaded.family.streams.get(base) or _DEFAULT_LAYOUTS.get(base)
+        layout = None if stream in packed else job.loaded.family.streams.get(base, DEFAULT_LAYOUTS.get(base))
         made = unknown_layout(samples, tokens) if layout is None else layout(inputs, job.loaded, tokens)
         if not tokens <= made.token_count <= job.run.plan.streams[stream]:
             raise RecordingError(

@@ -79,7 +79,7 @@ def inspect_model(
     training = loaded.model.training
     loaded.model.eval()
     try:
-        calls = probe(loaded, _example_inputs(loaded, sample))
+        calls, _ = probe(loaded, _example_inputs(loaded, sample))
     finally:
         loaded.model.train(training)
     plan = plan_run(calls, ExtractSpec(), Prepared([], np.zeros(0, np.int64), {}), None, thumbnails=False)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -106,7 +107,7 @@ class LoadedModel:
             return True
         return name in inspect.signature(self.model.forward).parameters
 
-    def _part(self, auto: type, **options: object) -> object:
+    def _part(self, auto: type, **options: object) -> Any:
         if self.source is None:
             return None
         try:
@@ -140,14 +141,29 @@ def load_model(
         source = name if Path(name).is_dir() else None
         return LoadedModel(model, name, _family_of(model), source=source)
     name = str(model)
+    _check_device(device)
     source = _resolve(name)
     config = _config(name, source, revision, trust_remote_code)
     loaded = _weights(name, source, config, dtype, attn_implementation, revision, trust_remote_code)
-    device = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = loaded.to(device).eval()  # type: ignore[arg-type]
+    loaded = _on_device(loaded, device).eval()
     for parameter in loaded.parameters():
         parameter.requires_grad_(False)
     return LoadedModel(loaded, name, _family_of(loaded), source, revision, trust_remote_code)
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    """Raise ModelError for a device that torch doesn't know or that isn't here."""
+    try:
+        if device is not None:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(f"device {str(device)!r} can't be used: {_first(error)}") from None
+
+
+def _on_device(model: torch.nn.Module, device: str | torch.device | None) -> torch.nn.Module:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device)
 
 
 def _family_of(model: torch.nn.Module) -> ModelFamily:

@@ -97,8 +97,10 @@ def _placed(tensor: torch.Tensor, loaded: LoadedModel) -> torch.Tensor:
     return tensor.to(loaded.device, loaded.dtype if tensor.is_floating_point() else None)
 
 
-def probe(loaded: LoadedModel, inputs: Inputs) -> list[ProbedCall]:
+def probe(loaded: LoadedModel, inputs: Inputs) -> tuple[list[ProbedCall], object]:
     """Run one sample under the full audit, and prove on it that what was recorded is what the model did.
+
+    Returns its calls, and what the model gave.
 
     Raises
     ------
@@ -116,10 +118,10 @@ def probe(loaded: LoadedModel, inputs: Inputs) -> list[ProbedCall]:
         found.append(_probed(call, loaded, inputs))
 
     with torch.no_grad(), recording(loaded.model, on_call=look):
-        run_model(loaded, inputs)
+        outputs = run_model(loaded, inputs)
     if not found:
         raise ModelError(f"{loaded.name!r} ran no attention: there is nothing to extract")
-    return _merged(found)
+    return _merged(found), outputs
 
 
 def _probed(call: AttentionCall, loaded: LoadedModel, inputs: Inputs) -> ProbedCall:
@@ -152,10 +154,14 @@ def fold_of(call: AttentionCall, loaded: LoadedModel, inputs: Inputs) -> Fold | 
 
 
 def _merged(calls: Sequence[ProbedCall]) -> list[ProbedCall]:
-    """Calls of one module with one role become one: their tokens lie side by side."""
+    """Calls of one module with one role become one: their tokens lie side by side.
+
+    Where roles are guessed, only images come in parts; a module that reads a whole text again is another layer of it.
+    """
     groups: dict[tuple[object, ...], list[ProbedCall]] = {}
     for call in calls:
-        groups.setdefault((call.module, call.placement), []).append(call)
+        alone = call.placement.guessed and not call.folded and call.placement.queries != "vision"
+        groups.setdefault((call.module, call.placement, call.number if alone else -1), []).append(call)
     merged = []
     for group in groups.values():
         first = group[0]
@@ -219,13 +225,16 @@ def plan_run(
     if not wanted:
         had = ", ".join(sorted({c.placement.site for c in calls}))
         raise ModelError(f"the model has none of the wanted sites and layers; its sites are {had}")
-    streams: dict[str, int] = {}
+    sizes: dict[str, tuple[int, bool]] = {}
     sites: dict[str, SitePlan] = {}
     for group in _grouped(wanted):
         first = group[0]
-        queries = _stream(streams, first.placement.queries, first.queries)
-        keys = _stream(streams, first.placement.keys, first.keys)
+        # Windows and tiles of a model that nobody knows lie in an order that nobody knows.
+        packed = first.folded and not first.has_fold and first.placement.guessed
+        queries = _stream(sizes, first.placement.queries, (first.queries, packed))
+        keys = _stream(sizes, first.placement.keys, (first.keys, packed))
         sites[_free_name(sites, first.placement.site)] = _site_plan(group, queries, keys, spec)
+    streams = {name: tokens for name, (tokens, _) in sizes.items()}
     # The probe saw the longest sample, but the longest text and the largest image may be two samples'.
     streams |= {name: max(most, streams[name]) for name, most in prepared.longest.items() if name in streams}
     sites = {
@@ -304,18 +313,29 @@ def _is_wanted(placement: Placement, spec: ExtractSpec) -> bool:
 
 
 def _numbered(calls: Sequence[ProbedCall]) -> list[ProbedCall]:
-    """The calls, with layers in call order where guessed layer numbers of one site collide."""
-    by_site: dict[str, list[ProbedCall]] = {}
+    """The calls, with layers in call order where guessed layer numbers of calls of one site and size collide.
+
+    Calls of one module with different sizes are one layer.
+    """
+    turns: dict[str, list[tuple[str, int]]] = {}
+    repeats: dict[tuple[str, object], int] = {}
+    first: dict[tuple[object, int], int] = {}
+    collide = set()
+    places: list[int] = []
     for call in calls:
-        by_site.setdefault(call.placement.site, []).append(call)
-    result = []
-    for call in calls:
-        mates = by_site[call.placement.site]
-        layers = [c.placement.layer for c in mates]
-        if len(set(layers)) < len(layers) and any(c.placement.guessed for c in mates):
-            call = replace(call, placement=replace(call.placement, layer=mates.index(call)))
-        result.append(call)
-    return result
+        size, layer = call.shape_class, call.placement.layer
+        repeat = repeats.setdefault((call.module, size), 0)
+        repeats[call.module, size] += 1
+        if first.setdefault((size, layer), len(places)) != len(places) and call.placement.guessed:
+            collide.add(call.placement.site)
+        order = turns.setdefault(call.placement.site, [])
+        if (call.module, repeat) not in order:
+            order.append((call.module, repeat))
+        places.append(order.index((call.module, repeat)))
+    return [
+        replace(call, placement=replace(call.placement, layer=place)) if call.placement.site in collide else call
+        for call, place in zip(calls, places, strict=True)
+    ]
 
 
 def _grouped(calls: Sequence[ProbedCall]) -> list[list[ProbedCall]]:
@@ -332,10 +352,10 @@ def _grouped(calls: Sequence[ProbedCall]) -> list[list[ProbedCall]]:
     return groups
 
 
-def _stream(streams: dict[str, int], name: str, tokens: int) -> str:
-    """The stream of this name and length; a further one where the name has another length already."""
+def _stream(sizes: dict[str, tuple[int, bool]], name: str, size: tuple[int, bool]) -> str:
+    """The stream of this name, length and order; a further one where the name has another length or order already."""
     number, candidate = 1, name
-    while streams.setdefault(candidate, tokens) != tokens:
+    while sizes.setdefault(candidate, size) != size:
         number += 1
         candidate = f"{name}.{number}"
     return candidate

@@ -7,7 +7,7 @@ them goes by it.
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 SCHEMA_VERSION = 1
 
@@ -73,6 +73,8 @@ QUANTITIES = (
              "rows of the query projection of each head, before any rotary position", _NAN),
     Quantity("key", "weights", ("layer", "kv_head", "channel", "feature"), "float32", "1",
              "rows of the key projection of each key head, before any rotary position", _NAN),
+    Quantity("norm_gain", "weights", ("layer", "feature"), "float32", "1",
+             "gain of the norm that the projections' input comes from", _NAN),
     Quantity("query_bias", "weights", ("layer", "head", "channel"), "float32", "1",
              "bias of the query projection; 0 where there is none", _NAN),
     Quantity("key_bias", "weights", ("layer", "kv_head", "channel"), "float32", "1",
@@ -157,7 +159,8 @@ class ExtractSpec:
         if set(plain) - known:
             raise ValueError(f"extraction spec has unknown fields {sorted(set(plain) - known)}")
         sets = ("quantities", "sites", "layers")
-        return cls(**{k: frozenset(v) if k in sets and v is not None else v for k, v in plain.items()})
+        fields_: dict[str, Any] = {k: frozenset(v) if k in sets and v is not None else v for k, v in plain.items()}
+        return cls(**fields_)
 
 
 def union(specs: Iterable[ExtractSpec]) -> ExtractSpec:

@@ -10,10 +10,10 @@ import json
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
@@ -199,16 +199,15 @@ class Run:
         described["text"][:] = _strings(s.text or "" for s in samples)  # type: ignore[index]
         described["regions"][:] = _strings(json.dumps([asdict(r) for r in s.regions]) for s in samples)  # type: ignore[index]
         # The schema number makes it a run: it is written last, so that a run half made is not taken for one.
-        root.attrs.put(
-            {
-                **attrs,
-                "plan": _plan_to_attrs(plan),
-                "spec": spec.to_json(),
-                "versions": versions(),
-                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "schema": SCHEMA_VERSION,
-            }
-        )
+        header: dict[str, Any] = {
+            **attrs,
+            "plan": _plan_to_attrs(plan),
+            "spec": spec.to_json(),
+            "versions": versions(),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "schema": SCHEMA_VERSION,
+        }
+        root.attrs.put(header)
         return cls(store, "memory" if location is None else str(location))
 
     def write_layer(self, site: str, name: str, block: range, layer: int, values: np.ndarray) -> None:
@@ -235,15 +234,20 @@ class Run:
     def write_weights(self, site: str, layer: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Write the projections of one layer (a position); the arrays are made with the first layer that comes."""
         plan = self.plan.sites[site]
-        sizes = self.plan.sizes(plan)
+        rectangular = arrays["query"].shape[-1] != arrays["key"].shape[-1]
         for name, values in arrays.items():
             path = f"weights/{site}/{name}"
             row = quantity("weights", name)
+            if rectangular and name == "key":
+                row = replace(row, dims=(*row.dims[:-1], "key_feature"))
             if path not in self._group:
-                shape = (sizes["layer"], *values.shape)
-                _create_array(self._group, _ArrayPlan(path, row, shape, row.dtype), 1)
+                _create_array(self._group, _ArrayPlan(path, row, (len(plan.layers), *values.shape), row.dtype), 1)
                 _write_layers(self._group[f"weights/{site}"], plan)  # type: ignore[arg-type]
             self._array(path)[layer] = values
+
+    def describe_weights(self, site: str, **attrs: str | int | float) -> None:
+        """Add to what the weights of a site say of themselves."""
+        self._group[f"weights/{site}"].attrs.update(attrs)
 
     def commit(self, block: range, status: np.ndarray) -> None:
         """Mark a block as done; everything of it must have been written."""
@@ -256,7 +260,7 @@ class Run:
         """What the run says of itself: model, digests, kernel, versions."""
         return dict(self._group.attrs)
 
-    def set_attrs(self, **attrs: object) -> None:
+    def set_attrs(self, **attrs: str | int | float) -> None:
         """Add to what the run says of itself."""
         self._group.attrs.update(attrs)
 
@@ -328,7 +332,7 @@ class Run:
     @property
     def sample_ids(self) -> list[str]:
         """Names of the samples, in stored order."""
-        return [str(s) for s in self._array("samples/id")[:]]
+        return [str(s) for s in np.asarray(self._array("samples/id")[:])]
 
     def tokens(self, stream: str) -> xr.Dataset:
         """Text, kind (a code, see its `flag_meanings`), row and column of every token of a stream."""
@@ -425,7 +429,7 @@ class Run:
         group = f"analyses/{name}"
         plain = _without_text_dtypes(result)
         checked: dict[Hashable, object] = {name: {"compressors": _COMPRESSORS} for name in plain.variables}
-        plain.to_zarr(self.store, group=group, mode="w", consolidated=False, zarr_format=3, encoding=checked)  # type: ignore[call-overload]
+        plain.to_zarr(self.store, group=group, mode="w", consolidated=False, zarr_format=3, encoding=checked)
         self._group[group].attrs["complete"] = True
 
     def analysis(self, name: str) -> xr.Dataset:
@@ -605,7 +609,7 @@ def _create_array(root: zarr.Group, array: _ArrayPlan, unit: int) -> None:
         compressors=_COMPRESSORS,
         fill_value=_BFLOAT16_NAN if bits else array.row.fill,
         dimension_names=array.row.dims,
-        attributes=array.attrs,
+        attributes=array.attrs,  # type: ignore[arg-type]
     )
 
 
@@ -670,7 +674,7 @@ def _plan_from_attrs(plain: Mapping[str, object]) -> RunPlan:
         recipes = tuple(
             Recipe(**r | {"sinks": None if r["sinks"] is None else tuple(r["sinks"])}) for r in fields.pop("recipes")
         )
-        plainly = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        plainly: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         sites[name] = SitePlan(**plainly, recipes=recipes)
     return RunPlan(
         streams=dict(plain["streams"]),  # type: ignore[call-overload]

@@ -96,7 +96,7 @@ def check_analyser(analyser: Analyser) -> xr.Dataset:
         Naming the first point of the contract that is not kept.
     """
     assert dataclasses.is_dataclass(analyser), f"{type(analyser).__name__} is not a dataclass"
-    assert type(analyser).__dataclass_params__.frozen, f"{type(analyser).__name__} is not frozen"  # type: ignore[attr-defined]
+    assert type(analyser).__dataclass_params__.frozen, f"{type(analyser).__name__} is not frozen"
     spec = analyser.requires()
     assert spec == analyser.requires(), "requires() gives different specs"
     run = make_run(quantities=spec.quantities | {"attention"})

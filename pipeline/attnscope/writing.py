@@ -4,6 +4,7 @@ import errno
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,8 @@ class BlockBuffer:
         array, filled = self._open.pop(place, (None, 0))
         if array is None:
             array = self._empty(self._run.plan.sites[site], name, values.dtype)
-        array[(list(rows), *(slice(0, n) for n in values.shape[1:]))] = values
+        places: tuple[Any, ...] = (list(rows), *(slice(0, n) for n in values.shape[1:]))
+        array[places] = values
         filled += len(rows)
         if filled < self._wanted:
             self._open[place] = (array, filled)

@@ -18,9 +18,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 RECORDS = [
-    {"id": "one", "file_name": "a.png", "text": "a cat", "regions": [{"phrase": "cat", "box": [0, 0, 4, 4], "span": [2, 5]}]},
+    {
+        "id": "one",
+        "file_name": "a.png",
+        "text": "a cat",
+        "regions": [{"phrase": "cat", "box": [0, 0, 4, 4], "span": [2, 5]}],
+    },
     {"id": "two", "file_name": "b.jpg", "text": "two\ncats", "targets": {"class": 3}},
-]  # fmt: skip
+]
 
 
 def write_jsonl(path: Path, records: list[object]) -> Path:
@@ -107,7 +112,8 @@ def test_images_are_upright_and_rgb(folder: Path) -> None:
 
 def test_images_that_cannot_be_read_say_why(folder: Path) -> None:
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n")
-    for image, reason in ((folder / "broken.png", "can't be decoded"), (folder / "no.png", "is missing"), (b"", "can't")):
+    broken = ((folder / "broken.png", "can't be decoded"), (folder / "no.png", "is missing"), (b"", "can't be decoded"))
+    for image, reason in broken:
         with pytest.raises(SampleError, match=reason):
             Sample("x", image=image).load_image()
 

@@ -115,10 +115,14 @@ class ModelFamily:
         site, queries, keys, layer = guess_placement(call, loaded)
         return Placement(site, queries, keys, layer, guessed=True)
 
+    def target(self, outputs: object) -> str:
+        """The name of the target that is taken where none is asked for."""
+        return default_target(outputs)
+
     def score(self, outputs: object, target: str | int | None, inputs: Inputs, loaded: "LoadedModel") -> "Tensor":
         """The scalar of each sample that gradients are taken of: (sample,)."""
         known = {**SCORES, **self.scores}
-        chosen = default_target(outputs) if target is None else target
+        chosen = self.target(outputs) if target is None else target
         if isinstance(chosen, int) or chosen.lstrip("-").isdigit():
             return known["class"](outputs, inputs, loaded)[:, int(chosen)]
         if chosen not in known:

@@ -40,6 +40,17 @@ def projections(model: "torch.nn.Module", module: str, site: "SitePlan") -> dict
     return arrays if arrays["query"].shape[1] == arrays["key"].shape[1] else None
 
 
+def query_linear(model: "torch.nn.Module", module: str) -> "torch.nn.Module | None":
+    """The module inside an attention module that makes its query (alone, or together with key and value)."""
+    owner = _owner(model, module)
+    names = {n: m for n, m in owner.named_modules() if _linear(m) is not None}
+    for wanted in (*(query for query, _ in _PAIRS), *_FUSED):
+        for name, part in names.items():
+            if name.rsplit(".", 1)[-1] == wanted:
+                return part
+    return None
+
+
 def _owner(model: "torch.nn.Module", module: str) -> "torch.nn.Module":
     return model.get_submodule(module) if module else model
 
