@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -27,6 +28,14 @@ class _Seen:
     fold: Fold
     sees: np.ndarray  # (call_batch, query_token, key_token) bool
 
+    @property
+    def layer(self) -> tuple[str, Placement]:
+        """What the call is a part of, together with the module's other calls of this role."""
+        return self.call.module, self.placement
+
+
+_Streams: TypeAlias = "Mapping[tuple[str, Placement], tuple[tuple[str, int], tuple[str, int]]]"
+
 
 def check(family: ModelFamily, loaded: LoadedModel, inputs: Inputs) -> None:
     """Raise AssertionError naming the first point that a family does not keep."""
@@ -35,11 +44,14 @@ def check(family: ModelFamily, loaded: LoadedModel, inputs: Inputs) -> None:
         assert seen, f"{loaded.name!r} ran no attention"
         _check_layers(seen)
         samples = len(next(iter(inputs.values())))
-        layouts = {size: _layout(family, loaded, inputs, size) for size in sorted(_stream_sizes(seen))}
+        streams = _streams(seen)
+        layouts = {
+            size: _layout(family, loaded, inputs, size) for size in {s for both in streams.values() for s in both}
+        }
         for (stream, tokens), layout in layouts.items():
             _check_layout(stream, tokens, layout, samples)
-        _check_coverage(seen, layouts)
-        _check_padding(seen, layouts)
+        _check_coverage(seen, streams, layouts)
+        _check_padding(seen, streams, layouts)
         for each in seen:
             _check_weights(each.call, loaded, given)
 
@@ -81,13 +93,14 @@ def _check_layers(seen: Sequence[_Seen]) -> None:
         assert found == set(range(len(found))), f"layers of stream {stream!r} are {sorted(found)}, not 0, 1, 2, ..."
 
 
-def _stream_sizes(seen: Sequence[_Seen]) -> set[tuple[str, int]]:
-    """Every stream with the number of tokens that a call had of it."""
-    return {
-        (stream, int(places.max()) + 1)
-        for each in seen
-        for stream, places in ((each.placement.queries, each.fold.queries), (each.placement.keys, each.fold.keys))
-    }
+def _streams(seen: Sequence[_Seen]) -> _Streams:
+    """The query and the key stream of each layer, with the number of tokens that all its calls together had of them."""
+    found: dict[tuple[str, Placement], tuple[tuple[str, int], tuple[str, int]]] = {}
+    for each in seen:
+        queries, keys = found.get(each.layer, ((each.placement.queries, 0), (each.placement.keys, 0)))
+        most = max(queries[1], int(each.fold.queries.max()) + 1), max(keys[1], int(each.fold.keys.max()) + 1)
+        found[each.layer] = (queries[0], most[0]), (keys[0], most[1])
+    return found
 
 
 def _layout(family: ModelFamily, loaded: LoadedModel, inputs: Inputs, size: tuple[str, int]) -> TokenLayout:
@@ -105,15 +118,11 @@ def _check_layout(stream: str, tokens: int, layout: TokenLayout, samples: int) -
     assert not len(unknown), f"layout of stream {stream!r}: token {unknown[0][1]} of {tokens} is of unknown kind"
 
 
-def _check_coverage(seen: Sequence[_Seen], layouts: Mapping[tuple[str, int], TokenLayout]) -> None:
+def _check_coverage(seen: Sequence[_Seen], streams: _Streams, layouts: Mapping[tuple[str, int], TokenLayout]) -> None:
     """In each layer every real token is a query exactly once, and a key at least once."""
-    by_layer: dict[tuple[str, Placement], list[_Seen]] = {}
-    for each in seen:
-        by_layer.setdefault((each.call.module, each.placement), []).append(each)
-    for (module, _), group in by_layer.items():
-        for side in ("queries", "keys"):
-            stream = getattr(group[0].placement, side)
-            tokens = max(int(getattr(each.fold, side).max()) + 1 for each in group)
+    for layer, sizes in streams.items():
+        module, group = layer[0], [each for each in seen if each.layer == layer]
+        for side, (stream, tokens) in zip(("queries", "keys"), sizes, strict=True):
             counts = np.zeros(layouts[stream, tokens].kind.shape, np.int64)
             for each in group:
                 places = getattr(each.fold, side)
@@ -127,15 +136,12 @@ def _check_coverage(seen: Sequence[_Seen], layouts: Mapping[tuple[str, int], Tok
             )
 
 
-def _check_padding(seen: Sequence[_Seen], layouts: Mapping[tuple[str, int], TokenLayout]) -> None:
+def _check_padding(seen: Sequence[_Seen], streams: _Streams, layouts: Mapping[tuple[str, int], TokenLayout]) -> None:
     """Padding is what the mask hides from every real query, and nothing else is."""
     visible = {size: np.zeros(layout.kind.shape, bool) for size, layout in layouts.items()}
     attended = set()
     for each in seen:
-        sizes = [
-            (each.placement.queries, int(each.fold.queries.max()) + 1),
-            (each.placement.keys, int(each.fold.keys.max()) + 1),
-        ]
+        sizes = streams[each.layer]
         attended.add(sizes[1])
         padded = layouts[sizes[0]].kind == KIND_CODES["padding"]
         for row, sample in enumerate(each.fold.samples):
