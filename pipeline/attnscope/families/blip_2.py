@@ -33,6 +33,12 @@ def query_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int
     return joined_layout(layout, read(inputs, loaded, tokens - queries))
 
 
+def read_text(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
+    """The text of the retrieval model, which leaves the queries' placeholders out."""
+    last = {name: inputs[name][:, -tokens:] for name in ("input_ids", "attention_mask") if name in inputs}
+    return text_tokens()(last, loaded, tokens)
+
+
 def encode(samples: Sequence[Sample], loaded: "LoadedModel") -> "dict[str, Tensor]":
     """By the processor, which puts the queries' placeholders in front; with a start token for a T5's decoder."""
     inputs = encode_prompts(samples, loaded, placeholder="")
@@ -43,10 +49,11 @@ def encode(samples: Sequence[Sample], loaded: "LoadedModel") -> "dict[str, Tenso
 
 
 def lengths(inputs: "dict[str, Tensor]", loaded: "LoadedModel") -> Mapping[str, int]:
-    """Tokens of the language model, and of the Q-Former where it reads text."""
-    found = {"joint": inputs["input_ids"].shape[1]}
+    """Tokens of the language model (of the text, for a model without one), and of the Q-Former where it reads text."""
+    tokens, queries = inputs["input_ids"].shape[1], loaded.config.num_query_tokens
+    found = {"joint": tokens, "text": tokens - queries}
     if "qformer_input_ids" in inputs:
-        found["queries"] = loaded.config.num_query_tokens + inputs["qformer_input_ids"].shape[1]
+        found["queries"] = queries + inputs["qformer_input_ids"].shape[1]
     return found
 
 
@@ -66,7 +73,7 @@ FAMILY = ModelFamily(
     streams={
         "vision": patch_tokens,
         "queries": query_tokens,
-        "text": text_tokens(),
+        "text": read_text,
         "joint": joint_tokens(lambda inputs, loaded: (), kind="query"),
         "decoder": text_tokens("decoder_input_ids", "decoder_attention_mask"),
     },

@@ -1,11 +1,12 @@
 """Kosmos-2: learned queries read the image's patches, and stand for the image in the language model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from attnscope.families import ModelFamily, SiteRule
 from attnscope.families.layouts import patch_grid, query_tokens, text_tokens
 from attnscope.families.prompts import encode_prompts, measured_by
+from attnscope.samples import Sample
 from attnscope.tokens import KIND_CODES, TokenLayout, grid_layout, joined_layout
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ def joint_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int
     return layout
 
 
+def encode(samples: Sequence[Sample], loaded: "LoadedModel") -> "dict[str, Tensor]":
+    """By the processor, with a place for each query."""
+    return encode_prompts(samples, loaded, options={"num_image_tokens": loaded.config.latent_query_num})
+
+
 def lengths(inputs: "dict[str, Tensor]", loaded: "LoadedModel") -> Mapping[str, int]:
     """Tokens of the language model."""
     return {"joint": inputs["input_ids"].shape[1]}
@@ -44,6 +50,6 @@ FAMILY = ModelFamily(
         SiteRule(r"text_model\..*layers\.(?P<layer>\d+)\.", "joint.self"),
     ),
     streams={"vision": vision_tokens, "queries": query_tokens, "joint": joint_tokens},
-    encode=encode_prompts,
-    measure=measured_by(encode_prompts, lengths),
+    encode=encode,
+    measure=measured_by(encode, lengths),
 )

@@ -8,6 +8,7 @@ import numpy as np
 
 from attnscope.families import Fold, ModelFamily, SiteRule
 from attnscope.families.layouts import text_tokens
+from attnscope.families.placeholders import tile_fold
 from attnscope.families.prompts import encode_prompts, measured_by
 from attnscope.tokens import KIND_CODES, TokenLayout
 
@@ -25,40 +26,33 @@ def side(loaded: "LoadedModel") -> int:
 
 
 def vision_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
-    """CLS and patches of each tile on the image's grid; tiles that an image doesn't fill are padding."""
-    length, per_tile = side(loaded), side(loaded) ** 2 + 1
-    ratios = loaded.config.vision_config.supported_aspect_ratios
-    real = inputs["aspect_ratio_mask"].flatten(1).cpu().numpy() > 0
+    """CLS and patches of each tile on the image's grid.
+
+    Tiles that an image leaves empty are special tokens, as are those that fill a tile up to a multiple of eight: the
+    image encoder reads them, and so do texts in front of the image, whose every key is masked.
+    """
+    config, length = loaded.config.vision_config, side(loaded)
+    used = inputs["aspect_ratio_mask"].flatten(1).cpu().numpy() > 0  # (sample, tile)
     # Identifier 0 stands for no image.
-    shapes = np.array([(0, 1), *ratios])[inputs["aspect_ratio_ids"].cpu().numpy()]
-    number = np.arange(tokens) // per_tile
-    tile, patch = number % loaded.config.vision_config.max_num_tiles, np.arange(tokens) % per_tile - 1
-    columns = shapes[:, number // loaded.config.vision_config.max_num_tiles, 1]
-    row = tile // columns * length + patch // length
-    column = tile % columns * length + patch % length
-    on_grid = real[:, number] & (patch >= 0)
-    kind = np.where(on_grid, KIND_CODES["image"], KIND_CODES["cls"])
-    kind = np.where(real[:, number], kind, KIND_CODES["padding"]).astype(np.int8)
-    names = np.array(
-        [[f"tile {t // c},{t % c}" for t, c in zip(tile, row_columns, strict=True)] for row_columns in columns]
-    )
-    text = np.where(real[:, number], names, "").astype(object)
+    shapes = np.array([(0, 1), *config.supported_aspect_ratios])[inputs["aspect_ratio_ids"].cpu().numpy()]
+    per_tile = tokens // used.shape[1]
+    number, patch = np.arange(tokens) // per_tile, np.arange(tokens) % per_tile - 1
+    tile, columns = number % config.max_num_tiles, shapes[:, number // config.max_num_tiles, 1]
+    row, column = tile // columns * length + patch // length, tile % columns * length + patch % length
+    real = used[:, number] & (patch < length**2)
+    on_grid = real & (patch >= 0)
+    kind = np.select([on_grid, real], [KIND_CODES["image"], KIND_CODES["cls"]], KIND_CODES["special"]).astype(np.int8)
+    names = [[f"tile {t // c},{t % c}" for t, c in zip(tile, across, strict=True)] for across in columns]
+    text = np.where(real, np.array(names, object), "")
     return TokenLayout(kind, text, *(np.where(on_grid, p, -1).astype(np.int16) for p in (row, column)))
 
 
 def fold(call: "AttentionCall", inputs: "dict[str, Tensor]", loaded: "LoadedModel") -> Fold | None:
-    """Tiles of one image are read together, each filled up to a multiple of eight tokens, which belong nowhere."""
-    if "vision_model" not in call.module:
-        return None
-    per_tile, tiles = side(loaded) ** 2 + 1, loaded.config.vision_config.max_num_tiles
-    filled = np.arange(call.shape[2]) % (call.shape[2] // tiles)
-    tile = np.arange(call.shape[2]) // (call.shape[2] // tiles)
-    place = np.where(filled < per_tile, tile * per_tile + filled, -1)
+    """Several images of one sample behind each other."""
     samples = len(inputs["pixel_values"])
-    media = call.shape[0] // samples
-    first = (np.arange(call.shape[0]) % media)[:, None] * tiles * per_tile
-    places = np.where(place >= 0, place + first, -1)
-    return Fold(np.arange(call.shape[0]) // media, places, places)
+    if "vision_model" not in call.module or call.shape[0] == samples:
+        return None
+    return tile_fold([call.shape[0] // samples] * samples, call.shape[2], call.shape[3])
 
 
 def lengths(inputs: "dict[str, Tensor]", loaded: "LoadedModel") -> Mapping[str, int]:
@@ -66,7 +60,8 @@ def lengths(inputs: "dict[str, Tensor]", loaded: "LoadedModel") -> Mapping[str, 
     return {"text": inputs["input_ids"].shape[1]}
 
 
-encode = partial(encode_prompts, nested=True)
+# The processor writes the BOS token itself, behind the image's.
+encode = partial(encode_prompts, nested=True, options={"add_special_tokens": False})
 
 FAMILY = ModelFamily(
     name="mllama",

@@ -32,12 +32,17 @@ def prompt_of(sample: Sample, loaded: "LoadedModel", placeholder: str, before: s
 
 
 def encode_prompts(
-    samples: Sequence[Sample], loaded: "LoadedModel", *, placeholder: str | None = None, nested: bool = False
+    samples: Sequence[Sample],
+    loaded: "LoadedModel",
+    *,
+    placeholder: str | None = None,
+    nested: bool = False,
+    options: Mapping[str, object] | None = None,
 ) -> "dict[str, Tensor]":
     """The inputs of a batch by the model's joint processor.
 
     `placeholder` stands in the prompt for the image; None for the processor's own. `nested` gives the processor a list
-    of images for each sample.
+    of images for each sample; `options` are further ones of the processor's.
 
     Raises
     ------
@@ -53,7 +58,8 @@ def encode_prompts(
     image = str(getattr(processor, "image_token", "") or "") if placeholder is None else placeholder
     prompts = [prompt_of(s, loaded, image) for s in samples]
     images = [[s.load_image()] if nested else s.load_image() for s in samples]
-    return taken(processor(images=images, text=prompts, return_tensors="pt", **text_options(prompts, loaded)), loaded)
+    chosen = {**text_options(prompts, loaded), **(options or {})}
+    return taken(processor(images=images, text=prompts, return_tensors="pt", **chosen), loaded)
 
 
 def encode_expanded(
@@ -88,12 +94,12 @@ def text_options(prompts: Sequence[str], loaded: "LoadedModel") -> dict[str, boo
 
 
 def taken(inputs: "Mapping[str, object]", loaded: "LoadedModel") -> "dict[str, Tensor]":
-    """The tensors that the model's forward names."""
+    """The tensors that the model's forward names; labels are for training."""
     import inspect
 
     import torch
 
-    names = inspect.signature(loaded.model.forward).parameters
+    names = inspect.signature(loaded.model.forward).parameters.keys() - {"labels"}
     return {k: v for k, v in inputs.items() if k in names and isinstance(v, torch.Tensor)}
 
 
