@@ -1,5 +1,6 @@
 """Roles guessed from module names and shapes, for models that no family answers for."""
 
+import inspect
 import re
 from typing import TYPE_CHECKING
 
@@ -7,15 +8,26 @@ if TYPE_CHECKING:
     from attnscope.loading import LoadedModel
     from attnscope.recording import AttentionCall
 
+# Longer words are looked for anywhere in a module's name; those of three letters and less must stand alone.
 _STREAM_WORDS = (
-    ("queries", ("qformer", "perceiver", "resampler")),
-    ("vision", ("vision", "visual", "image", "img", "vit", "patch", "pixel")),
-    ("audio", ("audio", "speech", "wav")),
-    ("text", ("text", "language", "bert", "lm", "token")),
+    ("queries", ("qformer", "perceiver", "resampler", "latent")),
+    ("vision", ("vision", "visual", "visn", "image", "img", "vit", "patch", "pixel")),
+    ("audio", ("audio", "speech", "wav", "sound")),
+    ("text", ("text", "lang", "bert", "lm", "token")),
     ("decoder", ("decoder",)),
 )
-_CROSS_WORDS = ("crossattention", "cross_attn", "cross_attention", "encoder_attn", "encdecattention", "x_attn")
-_MAIN_STREAM = {"pixel_values": "vision", "input_ids": "text", "input_features": "audio", "input_values": "audio"}
+_CROSS_WORDS = (
+    *("crossattention", "cross_attn", "cross_attention", "encoder_attn", "encoder_attention", "encdecattention"),
+    *("x_attn", "xattn", "multihead_attn"),
+)
+_POOL_WORDS = ("pool", "head", "probe", "query", "latent")
+_MAIN_STREAM = {
+    "pixel_values": "vision",
+    "pixel_values_videos": "vision",
+    "input_ids": "text",
+    "input_features": "audio",
+    "input_values": "audio",
+}
 
 
 def guess_placement(call: "AttentionCall", loaded: "LoadedModel") -> tuple[str, str, str, int]:
@@ -25,14 +37,45 @@ def guess_placement(call: "AttentionCall", loaded: "LoadedModel") -> tuple[str, 
     nothing is overwritten.
     """
     words = call.module.lower()
-    queries = next((s for s, marks in _STREAM_WORDS if any(m in words for m in marks)), main_stream(loaded))
-    cross = any(w in words for w in _CROSS_WORDS)
-    keys = ("vision" if queries != "vision" else "text") if cross else queries
+    queries = _query_stream(words, loaded)
+    keys = queries
+    _, _, query_tokens, key_tokens = call.shape
+    if any(word in words for word in _CROSS_WORDS):
+        keys = _other_stream(queries, loaded)
+    elif query_tokens < key_tokens and any(word in words for word in _POOL_WORDS):
+        queries = "queries"
     numbers = [int(n) for n in re.findall(r"(?<=\.)\d+(?=\.|$)", call.module)]
     layer = numbers[0] if numbers else 0
-    return f"{queries}.{keys if cross else 'self'}", queries, keys, layer
+    return f"{queries}.{'self' if keys == queries else keys}", queries, keys, layer
 
 
 def main_stream(loaded: "LoadedModel") -> str:
     """The stream of a model's main input: vision, text or audio."""
     return _MAIN_STREAM.get(str(getattr(loaded.model, "main_input_name", "")), "tokens")
+
+
+def _query_stream(words: str, loaded: "LoadedModel") -> str:
+    parts = set(re.split(r"[._]", words))
+    for stream, marks in _STREAM_WORDS:
+        if any(mark in parts or (len(mark) > 3 and mark in words) for mark in marks):
+            return _decoder_stream(loaded) if stream == "decoder" else stream
+    return main_stream(loaded)
+
+
+def _decoder_stream(loaded: "LoadedModel") -> str:
+    """What a decoder reads: its own text, queries for an image, or the model's only text."""
+    if _takes(loaded, "decoder_input_ids"):
+        return "decoder"
+    return "queries" if main_stream(loaded) == "vision" else main_stream(loaded)
+
+
+def _other_stream(queries: str, loaded: "LoadedModel") -> str:
+    """What cross-attention of a stream looks at: another input of the model, or what it's given as encoded already."""
+    for name, stream in _MAIN_STREAM.items():
+        if stream != queries and _takes(loaded, name):
+            return stream
+    return "encoder"
+
+
+def _takes(loaded: "LoadedModel", name: str) -> bool:
+    return name in inspect.signature(loaded.model.forward).parameters

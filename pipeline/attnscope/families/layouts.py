@@ -1,6 +1,6 @@
 """Token layouts that many families share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def patch_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
     """A patch grid behind CLS and register tokens, from the size of `pixel_values` and the config's patch size."""
-    pixels = inputs["pixel_values"]
+    pixels = inputs.get("pixel_values")
+    if pixels is None:
+        return unknown_layout(len(next(iter(inputs.values()))), tokens)
     config = getattr(loaded.config, "vision_config", loaded.config)
     rows, columns = patch_grid(pixels, config)
     extra = tokens - rows * columns
@@ -67,6 +69,24 @@ def decoder_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: i
     return text_tokens()({"input_ids": given}, loaded, tokens)
 
 
+def guessed_patches(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
+    """A patch grid by the config, or else the only grid of a stride of 2, 4, 8, ... pixels with so many tokens."""
+    layout = patch_tokens(inputs, loaded, tokens)
+    pixels = inputs.get("pixel_values")
+    if pixels is None or pixels.ndim != 4 or KIND_CODES["unknown"] not in layout.kind:
+        return layout
+    height, width = pixels.shape[-2:]
+    grids = {(-(-height // 2**step), -(-width // 2**step)) for step in range(1, 7)}
+    fitting = [(rows, columns) for rows, columns in grids if rows * columns == tokens > 1]
+    return grid_layout(len(pixels), *fitting[0], ()) if len(fitting) == 1 else layout
+
+
+def frame_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
+    """Frames of sound in time order; `column` counts them."""
+    kind = np.full((len(next(iter(inputs.values()))), tokens), KIND_CODES["audio"])
+    return plain_layout(kind, column=np.arange(tokens))
+
+
 def query_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
     """Learned queries: no strings, no places."""
     return plain_layout(np.full((len(next(iter(inputs.values()))), tokens), KIND_CODES["query"]))
@@ -91,3 +111,12 @@ def token_strings(ids: Sequence[int], loaded: "LoadedModel") -> list[str]:
     if loaded.tokenizer is None:
         return [str(i) for i in ids]
     return [str(t) for t in loaded.tokenizer.convert_ids_to_tokens(ids)]
+
+
+DEFAULT_LAYOUTS: "Mapping[str, Callable[..., TokenLayout]]" = {
+    "vision": guessed_patches,
+    "text": text_tokens(),
+    "decoder": decoder_tokens,
+    "audio": frame_tokens,
+    "queries": query_tokens,
+}
