@@ -136,9 +136,12 @@ def made_model() -> "Callable[..., torch.nn.Module]":
     """A function that makes a model of a class and a configuration, with wide random weights."""
 
     def make(name: str, config: "object", kernel: str = "eager") -> "torch.nn.Module":
+        import torch
         import transformers
 
-        model = getattr(transformers, name)._from_config(config, attn_implementation=kernel)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = getattr(transformers, name)._from_config(config, attn_implementation=kernel)
         return _wide(model)  # type: ignore[return-value]
 
     return make

@@ -10,7 +10,9 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from attnscope import loading
 from attnscope.extraction import extract
+from attnscope.families import GENERIC
 from attnscope.loading import load_model
 from attnscope.quantities import ExtractSpec
 from attnscope.run import Run
@@ -409,3 +411,88 @@ def test_sound_is_heard_by_an_encoder_and_read_by_a_decoder(made_model: MakeMode
     assert run.tokens("audio").column.values[0].tolist() == list(range(10))
     assert kinds(run, "text", 1) == ["text"] * 3 + ["padding"] * 3
     check_family("whisper", model, inputs)
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A model that no family answers for: for each site that is guessed, the modules of its layers, in order."""
+
+    model: str
+    config: Callable[[], object]
+    inputs: Callable[[], dict[str, torch.Tensor]]
+    sites: dict[str, list[str]]
+
+
+def _layers(module: str, count: int = 2) -> list[str]:
+    return [module.format(i) for i in range(count)]
+
+
+_HEARING = BART | {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 20}
+UNKNOWN = {
+    "bert": Unknown("BertModel", lambda: hf.BertConfig(**TEXT), texts, {"text.self": _layers(ENCODER)}),
+    "opt": Unknown(
+        "OPTModel",
+        lambda: hf.OPTConfig(**DECODERS["opt"].sizes),
+        texts,
+        {"text.self": _layers("decoder.layers.{}.self_attn")},
+    ),
+    "albert": Unknown(
+        "AlbertModel",
+        lambda: hf.AlbertConfig(**ENCODERS["albert"].sizes),
+        texts,
+        {"text.self": [ENCODERS["albert"].module] * 3},
+    ),
+    "bart": Unknown(
+        "BartModel",
+        lambda: hf.BartConfig(**BART),
+        lambda: texts() | texts(name="decoder_", length=6),
+        {site: _layers(module) for site, module in _BART_SITES.items()},
+    ),
+    "t5": Unknown(
+        "T5Model",
+        lambda: hf.T5Config(**T5),
+        lambda: texts() | texts(name="decoder_", length=6),
+        {site: _layers(module) for site, module in _T5_SITES.items()},
+    ),
+    "whisper": Unknown(
+        "WhisperModel",
+        lambda: hf.WhisperConfig(**_HEARING),
+        lambda: {"input_features": torch.ones(2, 8, 20)} | texts(name="decoder_", length=6),
+        {
+            "audio.self": _layers("encoder.layers.{}.self_attn"),
+            "decoder.self": _layers("decoder.layers.{}.self_attn"),
+            "decoder.audio": _layers("decoder.layers.{}.encoder_attn"),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN.values(), ids=UNKNOWN)
+def test_roles_of_an_unknown_model_are_guessed(
+    case: Unknown, made_model: MakeModel, own_attention: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "find_family", lambda _: GENERIC)
+    inputs = case.inputs()
+    own = own_attention(made_model(case.model, case.config()), inputs)
+    run = extract(made_model(case.model, case.config()), [inputs], spec=EXACT, batch_size=2)
+    assert set(run.sites) == set(case.sites)
+    for site, modules in case.sites.items():
+        plan = run.plan.sites[site]
+        assert plan.guessed
+        assert plan.layers == tuple(range(len(modules)))
+        for layer, module in enumerate(modules):
+            turn = layer if len(set(modules)) == 1 else 0
+            assert_same(run, site, layer, own[module][turn])
+
+
+def test_two_softmaxes_of_one_module_are_two_sites(made_model: MakeModel, own_attention: Spy) -> None:
+    inputs = texts() | {"bbox": (torch.arange(72).view(2, 9, 4) % 25).sort(-1).values}
+    sizes = TEXT | {"channel_shrink_ratio": 2, "max_2d_position_embeddings": 64, "hidden_size": 24}
+    own = own_attention(made_model("LiltModel", hf.LiltConfig(**sizes)), inputs)
+    run = extract(made_model("LiltModel", hf.LiltConfig(**sizes)), [inputs], spec=EXACT, batch_size=2)
+    assert run.sites == ("text.self", "text.self.2")
+    for layer in range(2):
+        softmaxes = own[f"encoder.layer.{layer}.attention.self"]
+        stored = [run.attention(site).sel(layer=layer).values for site in run.sites]
+        for one in softmaxes:
+            assert min(np.nanmax(np.abs(other - one)) for other in stored) <= 2e-6

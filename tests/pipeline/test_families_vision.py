@@ -1,7 +1,7 @@
 """Families of image models: what is stored is the model's own softmax, in its place, and every token has its name."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +10,17 @@ import torch
 import transformers as hf
 from PIL import Image
 
+from attnscope import loading
 from attnscope.extraction import extract
+from attnscope.families import GENERIC, Fold, SiteRule, find_family
+from attnscope.families.layouts import text_tokens
 from attnscope.families.windows import window_fold
 from attnscope.loading import load_model
 from attnscope.quantities import ExtractSpec
 from attnscope.run import Run
 from attnscope.samples import Sample
 from attnscope.testing import check_family
-from attnscope.tokens import KINDS
+from attnscope.tokens import KINDS, grid_layout
 
 EXACT = ExtractSpec(encoding="exact")
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37, "patch_size": 4}
@@ -449,3 +452,96 @@ def test_siglip2_keeps_each_images_own_shape(made_model: MakeModel, own_attentio
         stored = run.attention("vision.self").isel(sample=i, layer=0, head=0).values
         assert (~np.isnan(stored)).sum() == (rows * columns) ** 2
     check_family(loaded.family, loaded.model, inputs)
+
+
+def test_stages_of_an_unknown_model_are_streams_on_their_own_grids(made_model: MakeModel, own_attention: Spy) -> None:
+    config = {"hidden_sizes": [8, 16, 16, 16], "num_attention_heads": [1, 2, 2, 2], "depths": [2, 1, 1, 1]}
+    inputs = pixels(64, 96)
+    own = own_attention(made_model("SegformerModel", hf.SegformerConfig(**config)), inputs)
+    run = extract(made_model("SegformerModel", hf.SegformerConfig(**config)), [inputs], spec=EXACT, batch_size=2)
+    modules = [f"stages.{stage}.blocks.{block}.attention" for stage, block in ((0, 0), (0, 1), (1, 0), (2, 0), (3, 0))]
+    stored = {
+        m: (s, n) for s in run.sites for m, n in zip(run.plan.sites[s].modules, run.plan.sites[s].layers, strict=True)
+    }
+    assert set(stored) == set(modules)
+    assert [stored[m][1] for m in modules] == [0, 1, 2, 3, 4]
+    for module, (site, layer) in stored.items():
+        assert run.plan.sites[site].guessed
+        assert largest_error(run.attention(site).sel(layer=layer).values, own[module][0]) <= 2e-6
+    assert places(run, run.plan.sites["vision.self"].queries) == grid(16, 24)
+
+
+def test_windows_of_an_unknown_model_get_no_places(made_model: MakeModel, own_attention: Spy) -> None:
+    config = {**SQUARE, "window_size": 2, "window_block_indices": [0]}
+    inputs = pixels(16, 16)
+    own = own_attention(made_model("VitDetModel", hf.VitDetConfig(**config)), inputs)
+    run = extract(made_model("VitDetModel", hf.VitDetConfig(**config)), [inputs], spec=EXACT)
+    assert {s: (run.plan.sites[s].queries, run.plan.sites[s].layers) for s in run.sites} == {
+        "vision.self": ("vision", (0,)),
+        "vision.self.2": ("vision.2", (1,)),
+    }
+    assert set(kinds(run, "vision")) == {"unknown"}
+    assert places(run, "vision.2") == grid(4, 4)
+    whole = own["encoder.layer.1.attention"][0].reshape(2, 4, 16, 16)
+    assert largest_error(run.attention("vision.self.2").sel(layer=1).values, whole) <= 2e-6
+    windows = own["encoder.layer.0.attention"][0].reshape(2, 4, 4, 4, 4)  # (sample, window, head, query, key)
+    stored = run.attention("vision.self").sel(layer=0).values
+    for window in range(4):
+        part = slice(4 * window, 4 * window + 4)
+        assert largest_error(stored[:, :, part, part], windows[:, window]) <= 2e-6
+    assert stored.sum() == pytest.approx(2 * 4 * 16, abs=1e-4)
+
+
+def test_an_unknown_detector_has_queries(
+    made_model: MakeModel, own_attention: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "find_family", lambda _: GENERIC)
+    run = extract(detector(made_model), [pixels(96, 160)], spec=EXACT, batch_size=2)
+    own = own_attention(detector(made_model), pixels(96, 160))
+    assert set(run.sites) == {"vision.self", "queries.self", "queries.vision"}
+    for site, module in (
+        ("vision.self", "encoder.layers.{}.self_attn"),
+        ("queries.vision", "decoder.layers.{}.encoder_attn"),
+    ):
+        for layer in range(2):
+            theirs = own["model." + module.format(layer)][0]
+            assert largest_error(run.attention(site).sel(layer=layer).values, theirs) <= 2e-6
+    assert places(run, "vision") == grid(3, 5)
+
+
+def test_a_broken_family_is_named(made_model: MakeModel) -> None:
+    model = made_model("DeiTModel", hf.DeiTConfig(**SQUARE))
+    good = find_family("deit")
+
+    def too_few(inputs: dict, loaded: object, tokens: int) -> object:
+        return grid_layout(2, 4, 4)
+
+    def mislaid(call: object, inputs: dict, loaded: object) -> Fold:
+        places = np.zeros((2, 18), int)
+        return Fold(np.arange(2), places, places)
+
+    broken = {
+        "no rule of family 'vit' places module 'layers.0.attention'": replace(good, sites=()),
+        "no layout of stream 'vision'": replace(good, streams={}),
+        "the model attended to": replace(good, streams={"vision": too_few}),
+        "are both layer 0 of 'vision.self'": replace(good, sites=(SiteRule(r"attention", "vision.self"),)),
+        r"are \[3, 4\], not 0, 1, 2": replace(
+            good, sites=(SiteRule(r"layers\.(?P<layer>\d+)\.", "vision.self", first_layer=3),)
+        ),
+        "is among the queries": replace(good, fold=mislaid, streams={"vision": lambda *_: grid_layout(2, 1, 1, ())}),
+    }
+    for message, family in broken.items():
+        with pytest.raises(AssertionError, match=message):
+            check_family(family, model, pixels(16, 16))
+
+
+def test_an_unmarked_padding_is_named(made_model: MakeModel) -> None:
+    config = hf.BertConfig(
+        vocab_size=30, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=37
+    )
+    ids = torch.full((2, 5), 7)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    careless = replace(find_family("bert"), streams={"text": text_tokens(mask_name="nothing")})
+    with pytest.raises(AssertionError, match="token 3 of stream 'text', sample 1, is never attended to"):
+        check_family(careless, made_model("BertModel", config), inputs)
