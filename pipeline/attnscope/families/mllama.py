@@ -28,8 +28,9 @@ def side(loaded: "LoadedModel") -> int:
 def vision_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
     """CLS and patches of each tile on the image's grid.
 
-    Tiles that an image leaves empty are special tokens, as are those that fill a tile up to a multiple of eight: the
-    image encoder reads them, and so do texts in front of the image, whose every key is masked.
+    The image encoder fills tiles up to a multiple of eight tokens, and reads those as well as the tiles that an image
+    leaves empty: they are special tokens. The language model reads the empty tiles only for a text in front of the
+    image, whose every key is masked; else they are padding.
     """
     config, length = loaded.config.vision_config, side(loaded)
     used = inputs["aspect_ratio_mask"].flatten(1).cpu().numpy() > 0  # (sample, tile)
@@ -41,10 +42,20 @@ def vision_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: in
     row, column = tile // columns * length + patch // length, tile % columns * length + patch % length
     real = used[:, number] & (patch < length**2)
     on_grid = real & (patch >= 0)
-    kind = np.select([on_grid, real], [KIND_CODES["image"], KIND_CODES["cls"]], KIND_CODES["special"]).astype(np.int8)
+    is_read = (per_tile > length**2 + 1) | _has_text_in_front(inputs)[:, None]
+    unused = np.where(is_read, KIND_CODES["special"], KIND_CODES["padding"])
+    kind = np.select([on_grid, real], [KIND_CODES["image"], KIND_CODES["cls"]], unused).astype(np.int8)
     names = [[f"tile {t // c},{t % c}" for t, c in zip(tile, across, strict=True)] for across in columns]
     text = np.where(real, np.array(names, object), "")
     return TokenLayout(kind, text, *(np.where(on_grid, p, -1).astype(np.int16) for p in (row, column)))
+
+
+def _has_text_in_front(inputs: "dict[str, Tensor]") -> np.ndarray:
+    """Whether a text token of the sample may look at no tile, (sample,)."""
+    if "cross_attention_mask" not in inputs:
+        return np.zeros(len(inputs["input_ids"]), bool)
+    blind = (inputs["cross_attention_mask"] == 0).flatten(2).all(dim=2)
+    return (blind & (inputs["attention_mask"] > 0)).any(dim=1).cpu().numpy()
 
 
 def fold(call: "AttentionCall", inputs: "dict[str, Tensor]", loaded: "LoadedModel") -> Fold | None:
