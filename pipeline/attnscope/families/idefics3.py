@@ -68,7 +68,7 @@ def encode(samples: Sequence[Sample], loaded: "LoadedModel") -> "dict[str, Tenso
     vision = config.vision_config
     image = token * (vision.image_size // vision.patch_size // config.scale_factor) ** 2
 
-    def expand(made: Mapping[str, Sequence[Sequence[int]]], sample: int) -> str:
+    def expand(made: "Mapping[str, Tensor]", sample: int) -> str:
         rows, columns = (int(made[name][sample][0]) for name in ("rows", "cols"))
         cut = [
             "".join(f"{fake}<row_{r}_col_{c}>{image}" for c in range(1, columns + 1)) + "\n" for r in range(1, rows + 1)

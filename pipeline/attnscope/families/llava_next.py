@@ -58,8 +58,8 @@ def _unpadded(shape: tuple[int, int], size: tuple[int, int], length: int) -> Ima
     from transformers.models.llava_next.modeling_llava_next import unpad_image
 
     rows, columns = (n * length for n in shape)
-    place = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
-    place = torch.nn.functional.pad(unpad_image(place, size), (0, 1), value=-1).flatten(1).numpy()
+    cells = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
+    place = torch.nn.functional.pad(unpad_image(cells, size), (0, 1), value=-1).flatten(1).numpy()
     names = [f"tile {r // length},{c // length}" if c >= 0 else "" for r, c in place.T]
     patches = ImageTokens(np.where(place[1] < 0, -1, place[0]), place[1], np.array(names, object))
     return ImageTokens.joined([grid(length, length, tile="overview", step=shape), patches])

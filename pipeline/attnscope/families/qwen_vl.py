@@ -29,8 +29,8 @@ def patches(inputs: "dict[str, Tensor]", loaded: "LoadedModel") -> list[ImageTok
 
     def in_blocks(rows: int, columns: int) -> ImageTokens:
         whole = grid(rows, columns)
-        order = np.arange(rows * columns).reshape(rows // merge, merge, columns // merge, merge)
-        order = order.swapaxes(1, 2).reshape(-1)
+        blocks = np.arange(rows * columns).reshape(rows // merge, merge, columns // merge, merge)
+        order = blocks.swapaxes(1, 2).reshape(-1)
         return ImageTokens(whole.row[order], whole.column[order], whole.tile[order])
 
     return _by_sample(inputs, loaded, in_blocks)
