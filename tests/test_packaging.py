@@ -33,6 +33,7 @@ MODEL_LINE = (
     "writing",
     "planning",
     "proving",
+    "batching",
     "capturing",
     "extraction",
     "inspection",

@@ -16,6 +16,7 @@ import torch
 from zarr.abc.store import Store
 
 from attnscope.analysis import requirements
+from attnscope.batching import batch_that_fits, is_out_of_memory
 from attnscope.capturing import Places, Taker
 from attnscope.families import Inputs
 from attnscope.families.layouts import DEFAULT_LAYOUTS
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from attnscope.analysis import Analyser
 
 _SEED = 0
-_BATCH_LIMIT = 16
 
 
 class DeadlineReached(RuntimeError):
@@ -340,7 +340,7 @@ def _extract_blocks(
     status = run.status
     report.already(int((status != 0).sum()), int((status == LEFT_OUT).sum()))
     places = Places.of(run, spec)
-    size = batch_size or min(run.plan.unit, _BATCH_LIMIT)
+    size = batch_size or batch_that_fits(loaded, run.plan, spec)
     if loaded.family.one_by_one or (places.one_by_one and loaded.family.fold is None):
         size = 1
     writer = BlockWriter()
@@ -351,11 +351,26 @@ def _extract_blocks(
                 raise DeadlineReached(
                     f"stopped at the deadline with {report.done} of {report.total} samples done; repeat the command"
                 )
-            left_out, nbytes = _extract_block(job, block)
+            left_out, nbytes = _extract_within_memory(job, block, report)
             report.add(len(block), left_out, nbytes)
     finally:
         writer.close()
     report("done")
+
+
+def _extract_within_memory(job: _Job, block: range, report: "_Reporter") -> tuple[int, int]:
+    """Extract one block; when memory runs out, again from its start with half the batch, down to one sample."""
+    while True:
+        try:
+            return _extract_block(job, block)
+        except (RuntimeError, MemoryError) as error:
+            if job.batch_size == 1 or not is_out_of_memory(error):
+                raise
+        # Outside of the handler, whose traceback would hold on to the tensors that have to go.
+        job.batch_size //= 2
+        if job.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+        report("extract", f"memory ran out; going on with batches of {job.batch_size}")
 
 
 def _extract_block(job: _Job, block: range) -> tuple[int, int]:

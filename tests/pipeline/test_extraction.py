@@ -389,3 +389,59 @@ def test_a_run_that_cannot_fit_is_refused_before_the_first_block(
     with pytest.raises(StoreError, match="the run would take"):
         extract(tiny_vit, captioned_images, out=tmp_path / "run.zarr")
     assert not (tmp_path / "run.zarr").exists()
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
+    tiny_vit: Path, captioned_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(tiny_vit).model
+    plain = extract(model, attnscope_inputs(tiny_vit, captioned_images), spec=EXACT, batch_size=8)
+    proper = type(model).forward
+    sizes: list[int] = []
+
+    def small_memory(self: torch.nn.Module, pixel_values: torch.Tensor, **kwargs: object) -> object:
+        outputs = proper(self, pixel_values=pixel_values, **kwargs)
+        sizes.append(len(pixel_values))
+        if len(pixel_values) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return outputs
+
+    monkeypatch.setattr(type(model), "forward", small_memory)
+    messages: list[str] = []
+    halved = extract(
+        model,
+        attnscope_inputs(tiny_vit, captioned_images),
+        spec=EXACT,
+        batch_size=8,
+        progress=lambda p: messages.append(p.message),
+    )
+    assert sizes[1:] == [8, 4, 2, 2, 2, 2, 1]
+    assert "memory ran out; going on with batches of 2" in messages
+    np.testing.assert_allclose(halved.attention("vision.self").values, plain.attention("vision.self").values, atol=2e-6)
+
+
+def attnscope_inputs(folder: Path, images: Path) -> list[dict[str, torch.Tensor]]:
+    """Ready inputs of the images in one batch."""
+    return [encoded(folder, attnscope.read_samples(images))]
+
+
+_PEAK = """
+import resource, sys, torch, transformers
+from attnscope.extraction import extract
+torch.manual_seed(0)
+config = transformers.ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                                image_size=128, patch_size=8)
+model = transformers.ViTModel(config, add_pooling_layer=False)
+batches = [{"pixel_values": torch.zeros(8, 3, 128, 128)}] * int(sys.argv[1])
+extract(model, batches, out=sys.argv[2], batch_size=8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None:
+    peaks = []
+    for batches in (16, 64):
+        command = [sys.executable, "-c", _PEAK, str(batches), str(tmp_path / f"{batches}.zarr")]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    # 48 more batches of 8 would hold 400 MB of attention.
+    assert peaks[1] - peaks[0] < 60
