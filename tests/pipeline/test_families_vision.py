@@ -1,5 +1,6 @@
 """Families of image models: what is stored is the model's own softmax, in its place, and every token has its name."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from attnscope import loading
 from attnscope.extraction import extract
 from attnscope.families import GENERIC, Fold, SiteRule, find_family
+from attnscope.families.builtin import FAMILIES, markdown_table
 from attnscope.families.layouts import text_tokens
 from attnscope.families.windows import window_fold
 from attnscope.loading import load_model
@@ -545,3 +547,23 @@ def test_an_unmarked_padding_is_named(made_model: MakeModel) -> None:
     careless = replace(find_family("bert"), streams={"text": text_tokens(mask_name="nothing")})
     with pytest.raises(AssertionError, match="token 3 of stream 'text', sample 1, is never attended to"):
         check_family(careless, made_model("BertModel", config), inputs)
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
+
+
+def test_the_documented_family_from_outside_keeps_the_contract() -> None:
+    module, proof = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    assert module.count("\n") < 40
+    names: dict[str, object] = {}
+    exec(module, names)
+    torch.manual_seed(0)
+    exec(proof, names)
+
+
+def test_the_documented_table_is_what_is_registered() -> None:
+    table = DOCUMENT.read_text().split("<!-- families -->\n")[1].split("<!-- /families -->")[0]
+    assert table == markdown_table()
+    types = [t for family in FAMILIES for t in family.model_types]
+    assert len(types) == len(set(types))
+    assert all(find_family(t).name != "generic" for t in types)

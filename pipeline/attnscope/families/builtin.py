@@ -75,3 +75,13 @@ FAMILIES = (
 def attnscope_register_families(register: Callable[[ModelFamily], None]) -> None:
     for family in FAMILIES:
         register(family)
+
+
+def markdown_table() -> str:
+    """The families with their model types, sites and streams, as docs/families.md shows them."""
+    rows = ["| family | model types | sites | streams |", "|---|---|---|---|"]
+    for family in FAMILIES:
+        sites = dict.fromkeys(rule.site for rule in family.sites)
+        cells = (family.name, *(", ".join(f"`{x}`" for x in c) for c in (family.model_types, sites, family.streams)))
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
