@@ -483,6 +483,12 @@ def test_hidden_attention_is_an_error_that_names_the_module(fused: bool, kernel:
     assert_restored()
 
 
+def test_attention_of_an_unknown_kind_is_not_recorded_as_nothing() -> None:
+    model = widened(hf.RwkvModel(hf.RwkvConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2)))
+    with pytest.raises(UnrecordedAttention, match=r"'blocks\.0\.attention': no softmax"), recording(model):
+        model(input_ids=inputs()["input_ids"])
+
+
 def test_without_the_audit_nothing_is_counted() -> None:
     model = Hidden(fused=True)
     with recording(model, audit=False) as rec:

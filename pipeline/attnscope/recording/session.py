@@ -46,7 +46,8 @@ def recording(
     Raises
     ------
     UnrecordedAttention
-        On exit, when attention ran that was not recorded; names the modules and the kernels.
+        On exit, when attention ran that was not recorded, or modules named attention ran and nothing was recorded
+        at all; names the modules and the kernels.
     TypeError
         When the model is scripted, exported, or replicated over devices: its attention cannot be seen.
     """
@@ -85,6 +86,8 @@ def _check_model(model: nn.Module) -> None:
 def _raise_unrecorded(rec: Recording) -> None:
     missed = [f"{name!r}: {kernel} x{times}" for (name, kernel), times in sorted(rec.audit.unrecorded.items())]
     missed += [f"{name!r}: ran in another thread" for name in sorted(rec.lost)]
+    if not missed and not rec.total and rec.audit.ran is not None:
+        missed = [f"{name!r}: no softmax and no known kernel" for name in sorted(rec.entered)]
     if missed:
         raise UnrecordedAttention(f"attention ran that was not recorded, in {'; '.join(missed)}")
 

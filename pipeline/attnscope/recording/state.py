@@ -71,6 +71,7 @@ class Recording:
         self.audit = AuditCount()
         self.frames: list[Frame] = []
         self.lost: set[str] = set()
+        self.entered: set[str] = set()
         self._names = {id(module): _plain_name(name) for name, module in model.named_modules()}
         self._on_call = on_call
         self.total = 0
@@ -112,7 +113,10 @@ class Recording:
         return None
 
     def enter(self, module: nn.Module) -> None:
-        self.frames.append(Frame(module, self.name_of(module)))
+        name = self.name_of(module)
+        self.frames.append(Frame(module, name))
+        if name is not None and "Attention" in type(module).__name__:
+            self.entered.add(name)
 
     def leave(self) -> Frame:
         return self.frames.pop()
