@@ -285,7 +285,8 @@ def _target(loaded: LoadedModel, spec: ExtractSpec, outputs: object) -> dict[str
 def _probe_inputs(loaded: LoadedModel, prepared: Prepared, ready: Sequence[Inputs] | None) -> Inputs:
     """The inputs of the longest sample that can be encoded: no later one needs more tokens."""
     if ready is not None:
-        return dict(ready[int(prepared.lengths.argmax())])
+        # The longest text and the longest target, or the largest image, may be two samples'.
+        return _padded(ready[int(prepared.lengths.argmax())], ready)
     for i in sorted(range(len(prepared.samples)), key=lambda i: -prepared.lengths[i]):
         if i in prepared.problems:
             continue
@@ -461,15 +462,18 @@ def _encode(job: _Job, block: range, rows: list[int], problems: dict[int, str]) 
 
 def _collated(rows: Sequence[Inputs]) -> Inputs:
     """One batch from one-row inputs; shorter ones are padded at the end with zeros, as their mask then says."""
-    batch = {}
-    for name in rows[0]:
+    padded = [_padded(row, rows) for row in rows]
+    return {name: torch.cat([row[name] for row in padded]) for name in rows[0]}
+
+
+def _padded(row: Inputs, rows: Sequence[Inputs]) -> Inputs:
+    """One-row inputs, each tensor padded at the end with zeros to the largest sizes that it has among all rows."""
+    padded = {}
+    for name, tensor in row.items():
         longest = [max(sizes) for sizes in zip(*(r[name].shape for r in rows), strict=True)]
-        parts = []
-        for row in rows:
-            pad = [n for d in range(row[name].ndim - 1, 0, -1) for n in (0, longest[d] - row[name].shape[d])]
-            parts.append(torch.nn.functional.pad(row[name], pad))
-        batch[name] = torch.cat(parts)
-    return batch
+        pad = [n for d in range(tensor.ndim - 1, 0, -1) for n in (0, longest[d] - tensor.shape[d])]
+        padded[name] = torch.nn.functional.pad(tensor, pad)
+    return padded
 
 
 def _run_batch(

@@ -45,6 +45,7 @@ LATENT = TEXT | {
 }
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
 LENGTH, PADDING = 9, 3
+PARTS = ("input_ids", "attention_mask")
 
 
 def texts(side: str = "right", name: str = "", length: int = LENGTH) -> dict[str, torch.Tensor]:
@@ -496,3 +497,21 @@ def test_two_softmaxes_of_one_module_are_two_sites(made_model: MakeModel, own_at
         stored = [run.attention(site).sel(layer=layer).values for site in run.sites]
         for one in softmaxes:
             assert min(np.nanmax(np.abs(other - one)) for other in stored) <= 2e-6
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_longest_text_and_the_longest_target_may_be_two_samples(made_model: MakeModel, batch_size: int) -> None:
+    sizes = ((9, 3), (4, 7))
+    inputs = [
+        {
+            f"{name}{part}": torch.ones(1, n, dtype=torch.long)
+            for name, n in (("", a), ("decoder_", b))
+            for part in PARTS
+        }
+        for a, b in sizes
+    ]
+    run = extract(made_model("BartModel", hf.BartConfig(**BART)), inputs, spec=EXACT, batch_size=batch_size)
+    for sample, (text, target) in enumerate(sizes):
+        stored = run.attention("decoder.text").isel(sample=sample, layer=0, head=0).values
+        assert stored.shape == (7, 9)
+        assert (~np.isnan(stored)).sum() == text * target
