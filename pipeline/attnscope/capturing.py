@@ -198,7 +198,8 @@ def _by_head_tiles(
         if "attention_grad" in wanted:
             full.setdefault("attention_grad", []).append(slope.cpu().numpy())
         if "attention_relevance" in wanted:
-            _accumulate(sums, "attention_relevance", attention.mul_(slope).clamp_(min=0).sum(dim=1))
+            # Not in place: what is stored of the two tensors may be their own memory.
+            _accumulate(sums, "attention_relevance", (attention * slope).clamp_(min=0).sum(dim=1))
     found = {name: parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1) for name, parts in full.items()}
     return found | {name: (total / call.shape[1]).cpu().numpy() for name, total in sums.items()}
 
