@@ -801,6 +801,26 @@ def test_git_reads_the_image_in_front_of_the_text(tmp_path: Path) -> None:
     ]
     result = extracted(folder, rules)
     assert result.kinds("joint", 0)[:20] == ["cls", *["image"] * 16, "special", "text", "text"]
+    last = 17 + result.inputs["attention_mask"].sum(1) - 1
+    logits = result.loaded.model(**result.inputs).logits[torch.arange(3), last].amax(1)
+    np.testing.assert_allclose(result.run.outputs.score.values[0][result.order], logits.detach(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("also", ["attention_relevance", "attention_grad"])
+def test_batches_and_gradients_leave_the_attention_as_it_is(also: str, tmp_path: Path) -> None:
+    config = transformers.GitConfig(**{**WORDED, "max_position_embeddings": 64}, vision_config=PATCHES)
+    folder = save(transformers.GitForCausalLM(config), tmp_path, tokenizer(), square())
+    plain = extract(folder, samples(), spec=EXACT, batch_size=3)
+    spec = ExtractSpec(frozenset({"attention", "attention_relevance", also}), encoding="exact")
+    slopes = []
+    for size in (1, 3):
+        run = extract(folder, samples(), spec=spec, batch_size=size)
+        for site in plain.sites:
+            mine, theirs = run.attention(site).values, plain.attention(site).values
+            real = ~np.isnan(mine) & ~np.isnan(theirs)
+            np.testing.assert_allclose(mine[real], theirs[real], atol=2e-6)
+        slopes.append(run.array("vision.self", also).values)
+    np.testing.assert_allclose(slopes[0], slopes[1], atol=1e-5 * np.nanmax(np.abs(slopes[0])))
 
 
 def test_kosmos_2_queries_stand_for_the_image(tmp_path: Path) -> None:
