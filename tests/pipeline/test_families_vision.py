@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from attnscope import loading
 from attnscope.extraction import extract
@@ -80,7 +81,7 @@ CASES = {
     ),
     "deit": Case("DeiTModel", lambda: hf.DeiTConfig(**WIDE), (16, 24), "layers.{}.attention", ("cls", "special")),
     "vit_msn": Case("ViTMSNModel", lambda: hf.ViTMSNConfig(**WIDE), (16, 24), "layers.{}.attention"),
-    "ijepa": Case("IJepaModel", lambda: hf.IJepaConfig(**WIDE), (16, 24), "layers.{}.attention", ()),
+    "ijepa": Case("IJepaModel", lambda: hf.IJepaConfig(**WIDE), (16, 24), "layers.{}.attention", (), kernel="eager"),
     "dinov2": Case("Dinov2Model", lambda: hf.Dinov2Config(**SQUARE), (16, 24), "encoder.layer.{}.attention"),
     "dinov2_with_registers": Case(
         "Dinov2WithRegistersModel",
@@ -282,7 +283,7 @@ def test_florence2_reads_windows_channels_and_a_joint_stream(made_model: MakeMod
     inputs["decoder_input_ids"] = torch.tensor([[2, 0, 9], [2, 0, 8]])
     name, config = "Florence2ForConditionalGeneration", lambda: hf.Florence2Config(**florence_parts())
     own = own_attention(made_model(name, config()), inputs)
-    model = made_model(name, config(), "sdpa")
+    model = made_model(name, config())
     run = extract(model, [inputs], spec=EXACT, batch_size=2)
     image = {f"{stream}.self{stage}" for stream in ("vision", "channels") for stage in ("", ".2")}
     assert set(run.sites) == image | {"joint.self", "decoder.self", "decoder.joint"}
@@ -305,6 +306,38 @@ def test_florence2_reads_windows_channels_and_a_joint_stream(made_model: MakeMod
     assert kinds(run, "joint", 1) == ["special"] + ["image"] * 15 + ["text"] * 3 + ["padding"] * 2
     assert places(run, "joint") == grid(3, 5)
     check_family("florence2", model, inputs)
+
+
+def test_florence2_is_asked_in_words_and_given_what_it_answers(
+    made_model: MakeModel, own_attention: Spy, tmp_path: Path
+) -> None:
+    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", "<image>", "what", "is", "a", "red", "cat"]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(vocabulary[:5])
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    pictures = hf.CLIPImageProcessorPil(
+        size={"height": 24, "width": 36}, do_center_crop=False, image_seq_length=16, resample=3
+    )
+    pictures.image_seq_length = 16
+    processor = hf.Florence2Processor(pictures, tokenizer)
+    model = made_model("Florence2ForConditionalGeneration", hf.Florence2Config(**florence_parts()))
+    folder = save(tmp_path, model, processor)
+    asked = [replace(s, text=t) for s, t in zip(photographs((40, 40), (30, 50)), ("what", "what is red"), strict=True)]
+    samples = [asked[0], replace(asked[1], targets={"output": "a red cat"})]
+    run = extract(folder, samples, spec=EXACT, batch_size=2, attn_implementation="eager")
+    loaded = load_model(folder, attn_implementation="eager")
+    own = own_attention(loaded.model, loaded.family.encode(samples, loaded))
+    for layer in range(2):
+        theirs = own[f"model.language_model.decoder.layers.{layer}.encoder_attn"][0]
+        assert largest_error(run.attention("decoder.joint").sel(layer=layer).values, theirs) <= 2e-6
+    assert kinds(run, "joint")[:2] == ["special", "image"]
+    assert run.tokens("joint").token_text.values[1, 16:].tolist() == ["<s>", "what", "is", "red", "</s>"]
+    assert run.tokens("decoder").token_text.values[1].tolist() == ["</s>", "a", "red"]
+    assert kinds(run, "decoder", 0) == ["special", "padding", "padding"]
 
 
 def test_windows_of_one_image_cover_each_patch_once() -> None:
