@@ -88,6 +88,15 @@ def test_the_command_line_lists_runs_and_reports_it(installed: dict[str, str], t
     assert "distance in patches" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.server
+@pytest.mark.slow
+def test_a_study_flow_runs_it(installed: dict[str, str], tmp_path: Path) -> None:
+    arguments = ("study", "embedded:minilm", "embedded:sentences", "--out", str(tmp_path), "--engine", "prefect")
+    options = ("--analyser", "attention_distance", "--option", "site=text.self")
+    python(installed, "-c", "from attnscope.cli import main; main()", *arguments, *options)
+    assert "attnscope-example 1.2.3" in (tmp_path / "report.html").read_text()
+
+
 def test_the_example_is_small_enough_to_copy() -> None:
     code = (EXAMPLE / "attnscope_example.py").read_text().splitlines()
     assert len(code) < 80

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_DATASETS = "datasets:"
 _IMAGE_COLUMNS = ("file_name", "image", "image_path")
 _TEXT_COLUMNS = ("text", "caption")
 
@@ -87,7 +88,9 @@ class Sample:
 
 
 def read_samples(source: str | Path, limit: int | None = None) -> list[Sample]:
-    """The samples of a folder, a JSONL, CSV or Parquet file.
+    """The samples of a folder, of a JSONL, CSV or Parquet file, or of `datasets:NAME[@SPLIT]`.
+
+    A `datasets` name is a hub name or a folder that `save_to_disk` wrote; the split is 'train' unless named.
 
     Raises
     ------
@@ -95,7 +98,9 @@ def read_samples(source: str | Path, limit: int | None = None) -> list[Sample]:
         When the source doesn't exist, isn't of a known kind, or holds no sample.
     """
     path = Path(source)
-    if path.is_dir():
+    if str(source).startswith(_DATASETS):
+        samples = _from_datasets(str(source).removeprefix(_DATASETS), limit)
+    elif path.is_dir():
         samples = _from_folder(path)
     elif path.is_file():
         reader = _FILE_READERS.get(path.suffix.lower())
@@ -131,6 +136,31 @@ def _from_folder(folder: Path) -> Iterator[Sample]:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in IMAGE_SUFFIXES and path.resolve().is_relative_to(folder.resolve()):
             yield Sample(id=path.relative_to(folder).as_posix(), image=path)
+
+
+def _from_datasets(name: str, limit: int | None) -> Iterator[Sample]:
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise SampleError("reading a dataset needs datasets; run: pip install 'attnscope[datasets]'") from None
+    name, _, split = name.partition("@")
+    try:
+        if Path(name).is_dir():
+            found = datasets.load_from_disk(name)
+            if isinstance(found, datasets.DatasetDict):
+                if (split or "train") not in found:
+                    raise SampleError(f"dataset {name!r} has no split {split or 'train'!r}; it has {', '.join(found)}")
+                found = found[split or "train"]
+        else:
+            found = datasets.load_dataset(name, split=split or "train")
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise SampleError(f"dataset {name!r} can't be read ({_one_line(error)})") from None
+    for column, feature in found.features.items():
+        if isinstance(feature, datasets.Image):
+            # Encoded bytes: an image that can't be decoded must cost its sample alone.
+            found = found.cast_column(column, datasets.Image(decode=False))
+    chosen = found if limit is None else found.take(limit)
+    yield from _from_records(chosen, Path(name) if Path(name).is_dir() else Path())
 
 
 def _from_records(records: Iterable[Mapping[str, object] | str], folder: Path) -> Iterator[Sample]:

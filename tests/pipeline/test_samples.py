@@ -58,6 +58,28 @@ def test_jsonl_csv_and_parquet_give_the_same_samples(folder: Path) -> None:
     assert read_samples(folder / "s.parquet") == from_jsonl
 
 
+def test_a_dataset_gives_its_records_and_keeps_images_encoded(folder: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {
+        "image": [{"bytes": (folder / "a.png").read_bytes()}, {"bytes": b"broken"}],
+        "caption": ["a cat", "two cats"],
+        "id": ["one", "two"],
+    }
+    text = datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image(), "caption": text, "id": text})
+    whole = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"validation": whole}).save_to_disk(str(folder / "saved"))
+    one, two = read_samples(f"datasets:{folder / 'saved'}@validation")
+    assert (one.id, one.text, one.load_image().size) == ("one", "a cat", (8, 8))
+    with pytest.raises(SampleError, match="can't be decoded"):
+        two.load_image()
+    assert len(read_samples(f"datasets:{folder / 'saved'}@validation", limit=1)) == 1
+    with pytest.raises(SampleError, match="has no split 'train'; it has validation"):
+        read_samples(f"datasets:{folder / 'saved'}")
+    with pytest.raises(SampleError, match="can't be read"):
+        read_samples(f"datasets:{folder}")
+
+
 def test_regions_in_a_csv_are_json(folder: Path) -> None:
     (folder / "s.csv").write_text('id,file_name,regions\nx,a.png,"[{""phrase"": ""cat"", ""box"": [0, 0, 1, 2]}]"\n')
     assert read_samples(folder / "s.csv")[0].regions == (Region("cat", (0, 0, 1, 2)),)
