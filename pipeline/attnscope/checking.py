@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import xarray as xr
 import zarr
 from zarr.storage import LocalStore
 
@@ -26,9 +27,12 @@ Listener = Callable[[int, int], None]
 
 # Rounding to half precision changes a weight by at most one part in 2**11, so the sum of a row, which is 1, by no more;
 # below the normal halves the step is 2**-24. Sums of float32 weights are off by what softmax itself is off.
-_ROW_TOLERANCE = {"float16": 2.0**-11, "exact": 1e-5}
+# A code of the compact encoding is off by half a step of 1 / 255 in the square root of a weight p, so by sqrt(p) / 255 in
+# the weight, and the sum over a row of n weights by sqrt(n) / 255 at most.
+_ROW_TOLERANCE = {"float16": 2.0**-11, "exact": 1e-5, "compact": 1e-5}
 _COMPUTED_TOLERANCE = 1e-4
 _HALF_STEP = 2.0**-25
+_CODE_STEP = 0.25 / 255**2
 _NAMED_AT_MOST = 6
 
 
@@ -312,10 +316,16 @@ def _computed_rows(run: Run) -> Iterator[Fault]:
         attention = run.attention(site)
         for position, layer in enumerate(plan.layers):
             sinks = plan.recipes[position].sinks is not None
-            broken = [int(at) for at in done if not _sums_hold(attention[int(at), position].values, sinks)]
+            broken = [int(at) for at in done if not _sums_hold(_in_halves(attention[int(at), position]), sinks)]
             if broken:
                 problem = f"gives rows that do not sum to 1 within {_COMPUTED_TOLERANCE:.1e} in layer {layer}"
                 yield Fault(f"{site}/query", problem, tuple(broken))
+
+
+def _in_halves(attention: xr.DataArray) -> np.ndarray:
+    """The values, read as two halves of the keys: whole rows would be normalised by their own sum."""
+    half = attention.sizes["key_token"] // 2
+    return np.concatenate([attention[..., :half].values, attention[..., half:].values], axis=-1)
 
 
 def _sums_hold(attention: np.ndarray, sinks: bool) -> bool:
@@ -325,7 +335,8 @@ def _sums_hold(attention: np.ndarray, sinks: bool) -> bool:
 
 
 def _tolerance(spec: ExtractSpec, keys: int) -> float:
-    return _ROW_TOLERANCE[spec.encoding] + (keys * _HALF_STEP if spec.encoding == "float16" else 0)
+    by_key = {"float16": keys * _HALF_STEP, "compact": keys**0.5 / 255 + keys * _CODE_STEP}
+    return _ROW_TOLERANCE[spec.encoding] + by_key.get(spec.encoding, 0)
 
 
 def _without_tokens(path: str, status: np.ndarray, region: Region, kinds: np.ndarray) -> Iterator[Fault]:
