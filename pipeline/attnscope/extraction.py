@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from zarr.abc.store import Store
 from attnscope.analysis import requirements
 from attnscope.batching import batch_that_fits, is_out_of_memory
 from attnscope.capturing import Places, Taker
+from attnscope.claims import POLL, Claims
 from attnscope.families import Inputs
 from attnscope.families.layouts import DEFAULT_LAYOUTS
 from attnscope.families.weights import projections
@@ -35,7 +37,7 @@ from attnscope.planning import (
 from attnscope.proving import look_at_projections
 from attnscope.quantities import ExtractSpec, union
 from attnscope.recording import AttentionCall, recording
-from attnscope.run import EXTRACTED, LEFT_OUT, THUMBNAIL_PIXELS, Run, RunError, open_run
+from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, THUMBNAIL_PIXELS, Run, RunError, RunStands, open_run
 from attnscope.samples import Sample, SampleError, read_samples, unique_ids
 from attnscope.tokens import TokenLayout, unknown_layout
 from attnscope.writing import BlockBuffer, BlockWriter, TokenBuffer
@@ -217,7 +219,6 @@ def _open_or_create(
     existing = _existing(out)
     if existing is not None:
         _check_same(existing, spec, prepared, digest)
-        existing.tidy()
         return existing
     inputs = _probe_inputs(loaded, prepared, ready)
     calls, outputs = probe(loaded, inputs)
@@ -226,16 +227,16 @@ def _open_or_create(
     forecast = forecast_bytes(calls, plan, spec, len(prepared.samples))
     report("plan", message=f"the run will take about {_megabytes(forecast)}")
     check_space(forecast, out)
-    run = Run.create(
-        out,
-        plan,
-        spec,
-        prepared.samples,
-        {**_described(loaded, digest), **_target(loaded, spec, outputs), "samples": source, "forecast_bytes": forecast},
-    )
-    if "weights" in spec.quantities:
-        _write_weights(loaded, run, inputs)
-    return run
+    attrs = {**_described(loaded, digest), **_target(loaded, spec, outputs)}
+    attrs |= {"samples": source, "forecast_bytes": forecast}
+    weights = partial(_write_weights, loaded, inputs) if "weights" in spec.quantities else None
+    try:
+        return Run.create(out, plan, spec, prepared.samples, attrs, weights)
+    except RunStands:
+        # Another process was faster.
+        made = open_run(out, read_only=False)  # type: ignore[arg-type]
+        _check_same(made, spec, prepared, digest)
+        return made
 
 
 def _existing(out: str | Path | Store | None) -> Run | None:
@@ -306,7 +307,7 @@ def _blameless(message: str) -> str:
     return message
 
 
-def _write_weights(loaded: LoadedModel, run: Run, inputs: Inputs) -> None:
+def _write_weights(loaded: LoadedModel, inputs: Inputs, run: Run) -> None:
     """Store the projections of every site that has them, with what was seen to stand before and behind them."""
     found = {
         (name, position): arrays
@@ -337,25 +338,24 @@ def _extract_blocks(
     report: "_Reporter",
     deadline: float | None,
 ) -> None:
-    missing = run.missing()
-    status = run.status
-    report.already(int((status != 0).sum()), int((status == LEFT_OUT).sum()))
+    report.already(run.status)
     places = Places.of(run, spec)
     size = batch_size or batch_that_fits(loaded, run.plan, spec)
     if loaded.family.one_by_one or (places.one_by_one and loaded.family.fold is None):
         size = 1
-    writer = BlockWriter()
-    job = _Job(loaded, run, spec, prepared, ready, size, writer, places)
-    try:
-        for block in missing:
-            if deadline is not None and report.seconds > deadline:
-                raise DeadlineReached(
-                    f"stopped at the deadline with {report.done} of {report.total} samples done; repeat the command"
-                )
-            left_out, nbytes = _extract_within_memory(job, block, report)
-            report.add(len(block), left_out, nbytes)
-    finally:
-        writer.close()
+    with Claims(run.store) as claims:
+        claims.remove_partial_files()
+        writer = BlockWriter()
+        job = _Job(loaded, run, spec, prepared, ready, size, writer, places)
+        try:
+            for block in _claimed(run, claims, partial(report.check, deadline)):
+                left_out, nbytes = _extract_within_memory(job, block, report)
+                report.add(len(block), left_out, nbytes)
+        finally:
+            writer.close()
+        claims.remove_partial_files()
+    # Others may have done a part of it.
+    report.already(run.status)
     report("done")
 
 
@@ -372,6 +372,31 @@ def _extract_within_memory(job: _Job, block: range, report: "_Reporter") -> tupl
         if job.loaded.device.type == "cuda":
             torch.cuda.empty_cache()
         report("extract", f"memory ran out; going on with batches of {job.batch_size}")
+
+
+def _claimed(run: Run, claims: Claims, check: Callable[[], None]) -> Iterator[range]:
+    """Every missing block that no other process has claimed, or that another has claimed and abandoned.
+
+    Ends when nothing is missing: what others have in their hands is waited for. `check` is called now and then.
+    """
+    missing = run.missing()
+    while missing:
+        theirs = []
+        for block in missing:
+            check()
+            name = str(block.start)
+            if not run.is_missing(block):
+                continue
+            if not claims.take(name):
+                theirs.append(block)
+                continue
+            # Its former owner may have finished it just before it was claimed.
+            if run.is_missing(block):
+                yield block
+            claims.release(name)
+        if len(theirs) == len(missing):
+            time.sleep(POLL)
+        missing = theirs
 
 
 def _extract_block(job: _Job, block: range) -> tuple[int, int]:
@@ -617,8 +642,14 @@ class _Reporter:
     def seconds(self) -> float:
         return time.monotonic() - self._started
 
-    def already(self, done: int, left_out: int) -> None:
-        self.done, self._left_out = done, left_out
+    def already(self, status: np.ndarray) -> None:
+        self.done, self._left_out = int((status != MISSING).sum()), int((status == LEFT_OUT).sum())
+
+    def check(self, deadline: float | None) -> None:
+        if deadline is not None and self.seconds > deadline:
+            raise DeadlineReached(
+                f"stopped at the deadline with {self.done} of {self.total} samples done; repeat the command"
+            )
 
     def add(self, done: int, left_out: int, nbytes: int) -> None:
         self.done += done

@@ -9,7 +9,8 @@ import datetime
 import json
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,6 @@ import zarr
 import zarr.codecs
 from xarray.core import indexing
 from zarr.abc.store import Store
-from zarr.storage import LocalStore
 
 from attnscope.attention_array import (
     DIMS,
@@ -32,6 +32,8 @@ from attnscope.attention_array import (
     HeadMean,
     TileSource,
 )
+from attnscope.claims import FOLDER as CLAIMS_FOLDER
+from attnscope.claims import POLL, Claims
 from attnscope.quantities import (
     DERIVED_FROM,
     FACTORS,
@@ -44,7 +46,7 @@ from attnscope.quantities import (
 )
 from attnscope.samples import Sample
 from attnscope.selection import Choice, select
-from attnscope.stores import StoreError, open_group, open_store, remove_partial_files
+from attnscope.stores import StoreError, delete, keys, open_group, open_store
 from attnscope.tokens import KINDS, TokenLayout
 
 if TYPE_CHECKING:
@@ -59,10 +61,15 @@ _DENSE_BOUND = {"float16": "2.5e-4", "float32": "2e-6"}
 # The checksum of the decoded values doesn't cover the header of a zstd frame; that of the stored bytes does.
 _COMPRESSORS = (zarr.codecs.ZstdCodec(level=1, checksum=True), zarr.codecs.Crc32cCodec())
 _BFLOAT16_NAN = 0x7FC0
+_MAKING: dict[str, Any] = {"making": "attnscope run"}
 
 
 class RunError(ValueError):
     """A run that can't be opened, extended or asked for something; the message is one sentence."""
+
+
+class RunStands(RunError):
+    """There is a run at the place where one is to be made."""
 
 
 class MissingQuantity(RunError):
@@ -179,36 +186,48 @@ class Run:
         spec: ExtractSpec,
         samples: Sequence[Sample],
         attrs: Mapping[str, object],
+        fill: Callable[["Run"], None] | None = None,
     ) -> "Run":
         """An empty run with every array at full size.
 
+        `fill` writes what belongs to the run as a whole: a run counts only when that is there too. Of several
+        processes that make one at once, one does, and the others wait for it.
+
         Raises
         ------
+        RunStands
+            When there is a run at the location already, or another process has made one meanwhile.
         RunError
-            When there is a run, or anything else, at the location already.
+            When there is anything else at the location.
         """
         store = open_store(location, read_only=False)
-        root = _empty_root(store, location)
-        for array in _arrays_of(plan, spec, len(samples)):
-            _create_array(root, array, plan.unit)
-        for name, site in plan.sites.items():
-            _write_site_coordinates(root.require_group(name), site)
-        root.require_group("outputs").attrs["conditions"] = list(plan.conditions)
-        described = root["samples"]
-        described["id"][:] = _strings(s.id for s in samples)  # type: ignore[index]
-        described["text"][:] = _strings(s.text or "" for s in samples)  # type: ignore[index]
-        described["regions"][:] = _strings(json.dumps([asdict(r) for r in s.regions]) for s in samples)  # type: ignore[index]
-        # The schema number makes it a run: it is written last, so that a run half made is not taken for one.
-        header: dict[str, Any] = {
-            **attrs,
-            "plan": _plan_to_attrs(plan),
-            "spec": spec.to_json(),
-            "versions": versions(),
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "schema": SCHEMA_VERSION,
-        }
-        root.attrs.put(header)
-        return cls(store, "memory" if location is None else str(location))
+        name = "memory" if location is None else str(location)
+        _check_free(store, name)
+        with Claims(store) as claims:
+            while not claims.take("making"):
+                time.sleep(POLL)
+                _check_free(store, name)
+            _check_free(store, name)
+            root = _empty_root(store)
+            for array in _arrays_of(plan, spec, len(samples)):
+                _create_array(root, array, plan.unit)
+            for site_name, site in plan.sites.items():
+                _write_site_coordinates(root.require_group(site_name), site)
+            root.require_group("outputs").attrs["conditions"] = list(plan.conditions)
+            _describe_samples(root, samples)
+            header: dict[str, Any] = {
+                **attrs,
+                "plan": _plan_to_attrs(plan),
+                "spec": spec.to_json(),
+                "versions": versions(),
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            }
+            root.attrs.put({**header, **_MAKING})
+            if fill is not None:
+                fill(cls(store, name))
+            # The schema number makes it a run: it is written last, so that a run half made is not taken for one.
+            root.attrs.put({**header, "schema": SCHEMA_VERSION})
+            return cls(store, name)
 
     def write_layer(self, site: str, name: str, block: range, layer: int, values: np.ndarray) -> None:
         """Write one quantity of one layer (a position, not a number) for a whole block; values are (sample, ...)."""
@@ -318,9 +337,9 @@ class Run:
             f"{asker} {wanted}; extract again into another run with --for {asker.rsplit(maxsplit=1)[-1]}"
         )
 
-    def tidy(self) -> int:
-        """Delete the half-written files that a killed writer left; their number."""
-        return remove_partial_files(self.store)
+    def is_missing(self, block: range) -> bool:
+        """Whether a block lacks its mark, as the store says now."""
+        return bool((np.asarray(self._array("samples/status")[block.start : block.stop]) == MISSING).any())
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -533,21 +552,35 @@ def versions() -> dict[str, str]:
     return found | {"python": platform.python_version(), "platform": sys.platform}
 
 
-def _empty_root(store: Store, location: object) -> zarr.Group:
-    """A new root group; what a maker that was killed left there is cleared, anything else is respected."""
+def _check_free(store: Store, location: str) -> None:
+    """Raise unless a run can be made here: where there is nothing, or what a maker that was killed left."""
     try:
-        root = open_group(store)
+        attrs = open_group(store).attrs
     except (FileNotFoundError, KeyError, ValueError):
-        root = None
-    if root is not None and "schema" in root.attrs:
-        raise RunError(f"{str(location)!r} already holds a run; open it, or choose another place")
-    unfinished = root is not None and root.attrs.get("making") == "attnscope run"
-    occupied = isinstance(store, LocalStore) and any(Path(store.root).iterdir())
-    if not unfinished and (root is not None or occupied):
-        raise RunError(f"{str(location)!r} is not empty and holds no run; choose another place")
-    root = open_group(store, mode="w")
-    root.attrs.put({"making": "attnscope run"})
+        if all(key.startswith(CLAIMS_FOLDER) for key in keys(store, "")):
+            return
+    else:
+        if "schema" in attrs:
+            raise RunStands(f"{location!r} already holds a run; open it, or choose another place")
+        if set(_MAKING) <= set(attrs):
+            return
+    raise RunError(f"{location!r} is not empty and holds no run; choose another place")
+
+
+def _empty_root(store: Store) -> zarr.Group:
+    """The root group of a run that is being made, and nothing else but claims."""
+    root = zarr.open_group(store, mode="a", zarr_format=3, use_consolidated=False, attributes=dict(_MAKING))
+    for key in keys(store, ""):
+        if key != "zarr.json" and not key.startswith(CLAIMS_FOLDER):
+            delete(store, key)
     return root
+
+
+def _describe_samples(root: zarr.Group, samples: Sequence[Sample]) -> None:
+    described = root["samples"]
+    described["id"][:] = _strings(s.id for s in samples)  # type: ignore[index]
+    described["text"][:] = _strings(s.text or "" for s in samples)  # type: ignore[index]
+    described["regions"][:] = _strings(json.dumps([asdict(r) for r in s.regions]) for s in samples)  # type: ignore[index]
 
 
 @dataclass(frozen=True)

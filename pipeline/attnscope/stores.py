@@ -1,13 +1,20 @@
 """Where runs live: a folder, memory, or an object store, all as zarr stores."""
 
+import errno
+import os
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import zarr
 from zarr.abc.store import Store
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class StoreError(OSError):
@@ -39,11 +46,10 @@ def open_store(location: str | Path | Store | None, read_only: bool = True) -> S
     if not read_only:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            probe = path / ".writable"
-            probe.touch()
-            probe.unlink()
         except OSError as error:
             raise StoreError(f"{str(location)!r} can't be written ({error.strerror})") from None
+        if not os.access(path, os.W_OK):
+            raise StoreError(f"{str(location)!r} can't be written (no permission, or the file system is read-only)")
     return LocalStore(path, read_only=read_only)
 
 
@@ -57,14 +63,49 @@ def _object_store(url: str, read_only: bool) -> Store:
     return ObjectStore(obstore.store.from_url(url), read_only=read_only)
 
 
-def remove_partial_files(store: Store) -> int:
-    """Delete what a killed writer left half written in a local store; the number of files deleted."""
-    if not isinstance(store, LocalStore):
-        return 0
-    leftovers = list(Path(store.root).rglob("*.partial"))
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return len(leftovers)
+def read(store: Store, key: str) -> bytes | None:
+    """The bytes of an object; None where there is none."""
+    found = sync(store.get(key, default_buffer_prototype()))
+    return None if found is None else found.to_bytes()
+
+
+def write(store: Store, key: str, content: bytes) -> None:
+    """Write an object as a whole."""
+    sync(store.set(key, default_buffer_prototype().buffer.from_bytes(content)))
+
+
+def write_once(store: Store, key: str, content: bytes) -> bytes | None:
+    """Write an object unless there is one; what stands there then: of several writers' contents, one writer's.
+
+    None when it was deleted meanwhile.
+    """
+    buffer = default_buffer_prototype().buffer.from_bytes(content)
+    try:
+        sync(store.set_if_not_exists(key, buffer))
+    except FileNotFoundError:
+        # Whoever tidies up may take the half-written file for a leftover.
+        sync(store.set_if_not_exists(key, buffer))
+    except OSError as error:
+        if not isinstance(store, LocalStore) or error.errno not in _NO_LINKS:
+            raise
+        # The file system has no hard links: a new file is made once as well, though not at once as a whole.
+        with suppress(FileExistsError), (Path(store.root) / key).open("xb") as file:
+            file.write(content)
+    return read(store, key)
+
+
+def delete(store: Store, key: str) -> None:
+    """Delete an object, if it is there."""
+    sync(store.delete(key))
+
+
+def keys(store: Store, prefix: str) -> Iterator[str]:
+    """Names of the objects below a prefix ('' for all)."""
+
+    async def listed() -> list[str]:
+        return [key async for key in store.list_prefix(prefix)]
+
+    return iter(sync(listed()))
 
 
 def open_group(store: Store, path: str = "", mode: str = "r") -> zarr.Group:
