@@ -31,6 +31,7 @@ MODEL_LINE = (
     "loading",
     "recipes",
     "writing",
+    "summaries",
     "planning",
     "proving",
     "batching",

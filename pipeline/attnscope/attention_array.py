@@ -25,6 +25,8 @@ _TILE_BYTES = 2**26
 Index = int | slice | np.ndarray
 Tile = tuple[slice, slice, slice, slice, slice]
 
+ATTENTION_OF_CODE = np.square(np.arange(256, dtype=np.float32) / 255)
+"""The weight that each code of the compact encoding stands for: code = round(255 * sqrt(weight))."""
 _HALF_TO_FLOAT = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
@@ -46,14 +48,16 @@ class TileSource(Protocol):
 
 
 class DenseTiles:
-    """Tiles of stored attention weights."""
+    """Tiles of stored attention weights; `of_code` holds the weight of each code where codes are stored."""
 
-    def __init__(self, array: zarr.Array) -> None:
+    def __init__(self, array: zarr.Array, of_code: zarr.Array | None = None) -> None:
         self._array = array
+        self._of_code = None if of_code is None else np.asarray(of_code[:])
         self.shape = array.shape
 
     def read(self, tile: Tile) -> np.ndarray:
-        return to_float32(_read(self._array, tile))
+        stored = _read(self._array, tile)
+        return to_float32(stored) if self._of_code is None else self._of_code[stored]
 
 
 class FactoredTiles:

@@ -9,11 +9,13 @@ import torch
 from attnscope.families import Fold, Inputs
 from attnscope.loading import LoadedModel
 from attnscope.planning import RecordingError, check_output, check_rows, fold_of
-from attnscope.quantities import FACTORS, SITE_QUANTITIES, ExtractSpec
+from attnscope.quantities import FACTORS, SITE_QUANTITIES, SUMMARIES, ExtractSpec
 from attnscope.recipes import RuleReader, proved_rows, recipe_of
 from attnscope.recording import AttentionCall
+from attnscope.recording.calls import unseen
 from attnscope.run import Run, SitePlan
-from attnscope.writing import BlockBuffer, head_tiles
+from attnscope.summaries import Kinds, Summaries, TokenKinds
+from attnscope.writing import BlockBuffer, encoded, head_tiles
 
 _LOG_SUM_EXP_TOLERANCE = 1e-3
 _TENSORS = ("query", "key", "value")
@@ -64,11 +66,17 @@ class Places:
 class Taker:
     """Turns each recorded call of one batch into the wanted quantities and puts them into the block's buffer.
 
-    `tokens` are the tokens of each stream that the batch had, padding included.
+    `tokens` are the tokens of each stream that the batch had, padding included; `kinds` tells what they are.
     """
 
     def __init__(
-        self, loaded: LoadedModel, run: Run, places: Places, buffer: BlockBuffer, batch: tuple[Sequence[int], Inputs]
+        self,
+        loaded: LoadedModel,
+        run: Run,
+        places: Places,
+        buffer: BlockBuffer,
+        batch: tuple[Sequence[int], Inputs],
+        kinds: Kinds,
     ) -> None:
         self._loaded = loaded
         self._run = run
@@ -76,6 +84,7 @@ class Taker:
         self._places = places
         self._buffer = buffer
         self._rows, self._inputs = batch
+        self._kinds = kinds
         self._rules = RuleReader()
         self._parts: dict[tuple[str, int], dict[str, np.ndarray]] = {}
         self._ends: dict[tuple[str, int], tuple[int, int]] = {}
@@ -87,26 +96,48 @@ class Taker:
             return
         site, layer, is_part = found
         plan = self._run.plan.sites[site]
-        values = call_quantities(call, gradient, self._spec, plan)
-        if plan.form == "factored":
-            values |= self._factors(call, plan, layer)
         if is_part:
-            self._add_part(call, site, layer, values)
+            self._add_part(call, site, layer, call_quantities(call, gradient, self._spec, plan))
             return
         self._count(plan, call.shape[2], call.shape[3])
         if call.shape[0] != len(self._rows):
             raise RecordingError(
                 f"module {call.module!r} attends over a batch of {call.shape[0]} for {len(self._rows)} samples"
             )
-        for name, array in values.items():
-            self._buffer.put(site, name, layer, self._rows, array)
+        values = call_quantities(call, gradient, self._spec, plan, self._token_kinds(plan, *call.shape[2:]))
+        if plan.form == "factored" and "attention" in self._spec.quantities:
+            values |= self._factors(call, plan, layer)
+        self._put(site, layer, values)
 
     def finish(self) -> None:
         """Put what was gathered part by part; call it when the forward is over."""
         for (site, layer), arrays in self._parts.items():
-            for name, array in arrays.items():
-                self._buffer.put(site, name, layer, self._rows, array)
+            plan = self._run.plan.sites[site]
+            queries, keys = (self.tokens[stream] for stream in (plan.queries, plan.keys))
+            kinds = self._token_kinds(plan, queries, keys)
+            if kinds is not None:
+                # The parts of a layer lie side by side only now.
+                valid = torch.from_numpy(arrays["query_valid"][:, :queries])
+                beside = Summaries(kinds, valid, plan.stored(self._spec) & SUMMARIES, self._spec.encoding)
+                for head in range(plan.heads):
+                    stored = arrays["attention"][:, head : head + 1, :queries, :keys]
+                    beside.add_stored(torch.from_numpy(np.ascontiguousarray(stored)))
+                arrays |= beside.arrays()
+            self._put(site, layer, arrays)
         self._parts = {}
+
+    def _put(self, site: str, layer: int, values: Mapping[str, np.ndarray]) -> None:
+        for name in sorted(self._run.plan.sites[site].stored(self._spec) & set(values)):
+            self._buffer.put(site, name, layer, self._rows, values[name])
+
+    def _token_kinds(self, plan: SitePlan, queries: int, keys: int) -> TokenKinds | None:
+        """What the first so many queries and keys of a site are in this batch; None where nothing is told by kind."""
+        if not plan.stored(self._spec) & SUMMARIES:
+            return None
+        with unseen(), torch.no_grad():
+            found = [self._kinds(stream, n)[:, :n] for stream, n in ((plan.queries, queries), (plan.keys, keys))]
+        query, key = (torch.tensor(kind) for kind in found)
+        return TokenKinds(query, key)
 
     def _factors(self, call: AttentionCall, plan: SitePlan, layer: int) -> dict[str, np.ndarray]:
         """Query, key, log-sum-exp and rules, proved on some rows against what the kernel returned."""
@@ -157,39 +188,55 @@ class Taker:
 
 
 def call_quantities(
-    call: AttentionCall, gradient: torch.Tensor | None, spec: ExtractSpec, plan: SitePlan
+    call: AttentionCall,
+    gradient: torch.Tensor | None,
+    spec: ExtractSpec,
+    plan: SitePlan,
+    kinds: TokenKinds | None = None,
 ) -> dict[str, np.ndarray]:
     """The stored quantities of one call: (batch, ...) arrays by name, reduced over heads tile by tile.
 
     `gradient` is the derivative of the score by the call's output, (batch, query_token, head, value_channel); None
-    counts as zero. What factored attention needs is not among them.
+    counts as zero. What factored attention needs is not among them. Where the `kinds` of the tokens are not known,
+    attention itself stands in for its summaries.
     """
-    wanted = spec.quantities - (FACTORS | {"attention"} if plan.form == "factored" else frozenset())
-    found = _by_head_tiles(call, gradient, spec, wanted)
+    wanted = plan.stored(spec)
+    if plan.form == "factored" and "attention" in spec.quantities:
+        wanted -= FACTORS
+    if kinds is None and wanted & SUMMARIES:
+        wanted = wanted - SUMMARIES | {"attention"}
+    batch, heads, queries, _ = call.shape
+    valid = call.row_valid().expand(batch, heads, queries).any(dim=1)
+    encoding = "exact" if plan.form == "factored" else spec.encoding
+    beside = None if kinds is None else Summaries(kinds, valid, wanted & SUMMARIES, encoding)
+    found = _by_head_tiles(call, gradient, spec, wanted, beside) | {"query_valid": valid.cpu().numpy()}
     for name in _TENSORS:
         tensor = getattr(call, name)
         if name in wanted and tensor is not None:
             found[name] = _plain(tensor, plan.dtype)
     if "log_sum_exp" in wanted and call.query is not None:
         found["log_sum_exp"] = call.log_sum_exp().cpu().numpy()
-    batch, heads, queries, _ = call.shape
-    found["query_valid"] = call.row_valid().expand(batch, heads, queries).any(dim=1).cpu().numpy()
     return found
 
 
 def _by_head_tiles(
-    call: AttentionCall, gradient: torch.Tensor | None, spec: ExtractSpec, wanted: frozenset[str]
+    call: AttentionCall,
+    gradient: torch.Tensor | None,
+    spec: ExtractSpec,
+    wanted: frozenset[str],
+    beside: Summaries | None,
 ) -> dict[str, np.ndarray]:
     full: dict[str, list[np.ndarray]] = {}
     sums: dict[str, torch.Tensor] = {}
-    if not wanted & {"attention", "attention_grad", "attention_mean", "attention_relevance"}:
+    if not wanted & (SUMMARIES | {"attention", "attention_grad", "attention_mean", "attention_relevance"}):
         return {}
     for heads in head_tiles(call):
         attention = call.attention(heads=heads)
         check_rows(attention, call)
         if "attention" in wanted:
-            stored = attention.half() if spec.encoding == "float16" else attention
-            full.setdefault("attention", []).append(stored.cpu().numpy())
+            full.setdefault("attention", []).append(encoded(attention, spec.encoding).cpu().numpy())
+        if beside is not None:
+            beside.add(attention)
         if "attention_mean" in wanted:
             _accumulate(sums, "attention_mean", attention.sum(dim=1))
         if not spec.needs_gradient:
@@ -201,7 +248,8 @@ def _by_head_tiles(
             # Not in place: what is stored of the two tensors may be their own memory.
             _accumulate(sums, "attention_relevance", (attention * slope).clamp_(min=0).sum(dim=1))
     found = {name: parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1) for name, parts in full.items()}
-    return found | {name: (total / call.shape[1]).cpu().numpy() for name, total in sums.items()}
+    found |= {name: (total / call.shape[1]).cpu().numpy() for name, total in sums.items()}
+    return found if beside is None else found | beside.arrays()
 
 
 def scatter(target: np.ndarray, name: str, part: np.ndarray, fold: Fold) -> None:

@@ -27,8 +27,8 @@ Listener = Callable[[int, int], None]
 
 # Rounding to half precision changes a weight by at most one part in 2**11, so the sum of a row, which is 1, by no more;
 # below the normal halves the step is 2**-24. Sums of float32 weights are off by what softmax itself is off.
-# A code of the compact encoding is off by half a step of 1 / 255 in the square root of a weight p, so by sqrt(p) / 255 in
-# the weight, and the sum over a row of n weights by sqrt(n) / 255 at most.
+# A code of the compact encoding is off by half a step of 1 / 255 in the square root of a weight p, so by sqrt(p) / 255
+# in the weight, and the sum over a row of n weights by sqrt(n) / 255 at most.
 _ROW_TOLERANCE = {"float16": 2.0**-11, "exact": 1e-5, "compact": 1e-5}
 _COMPUTED_TOLERANCE = 1e-4
 _HALF_STEP = 2.0**-25

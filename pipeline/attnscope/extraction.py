@@ -97,6 +97,7 @@ def extract(
     target: str | int | None = None,
     encoding: str | None = None,
     form: str | None = None,
+    summaries: bool | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
@@ -123,6 +124,8 @@ def extract(
         A folder or URL; None for a run in memory.
     target
         The scalar that gradients are taken of, see `ExtractSpec`.
+    encoding, form, summaries
+        How attention is stored, and whether its summaries are, see `ExtractSpec`.
     deadline
         Seconds after which no further block is begun.
 
@@ -132,7 +135,7 @@ def extract(
         Each with one sentence that says what to do.
     """
     started = time.monotonic()
-    wanted = _wanted(analysers, spec, target, encoding, form)
+    wanted = _wanted(analysers, spec, target=target, encoding=encoding, form=form, summaries=summaries)
     listed, ready = _listed(samples, limit)
     loaded = load_model(
         model,
@@ -152,16 +155,11 @@ def extract(
 
 
 def _wanted(
-    analysers: "Iterable[Analyser]",
-    spec: ExtractSpec | None,
-    target: str | int | None,
-    encoding: str | None,
-    form: str | None,
+    analysers: "Iterable[Analyser]", spec: ExtractSpec | None, **changes: str | int | bool | None
 ) -> ExtractSpec:
     chosen = list(analysers)
     beside = [spec] if spec is not None else [ExtractSpec()]
     wanted = requirements(chosen, beside) if chosen else union(beside)
-    changes = {"target": target, "encoding": encoding, "form": form}
     return replace(wanted, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
 
 
@@ -410,14 +408,13 @@ def _extract_block(job: _Job, block: range) -> tuple[int, int]:
     with torch.random.fork_rng(devices=_cuda_devices(job.loaded)):
         for batch_rows, inputs in batches:
             seed = _SEED + block.start + batch_rows[0]
+            layouts = _Layouts(job, inputs, seed)
             torch.manual_seed(seed)
-            score, counts = _run_batch(job, buffer, batch_rows, inputs)
+            score, counts = _run_batch(job, buffer, batch_rows, inputs, layouts)
             if score is not None:
                 scores[0, batch_rows] = score
-            # A layout that depends on what the model drew (ViLT's order of patches) draws it again.
-            torch.manual_seed(seed)
-            for name, layout in _layouts(job, inputs, counts).items():
-                tokens[name].put(batch_rows, layout)
+            for name, count in counts.items():
+                tokens[name].put(batch_rows, layouts.of(name, count))
             if job.run.plan.thumbnails:
                 pictures[batch_rows] = _thumbnails(job, block, batch_rows, inputs)
     if rows and (unfinished := buffer.unfinished()):
@@ -502,14 +499,14 @@ def _padded(row: Inputs, rows: Sequence[Inputs]) -> Inputs:
 
 
 def _run_batch(
-    job: _Job, buffer: BlockBuffer, rows: list[int], inputs: Inputs
+    job: _Job, buffer: BlockBuffer, rows: list[int], inputs: Inputs, layouts: "_Layouts"
 ) -> tuple[np.ndarray | None, Mapping[str, int]]:
     """Forward one batch, and backward where gradients are wanted; every call goes into the buffer.
 
     Gives the scores, where they are wanted, and the tokens that each stream had.
     """
     loaded, family, target = job.loaded, job.loaded.family, job.spec.target
-    take = Taker(loaded, job.run, job.places, buffer, (rows, inputs))
+    take = Taker(loaded, job.run, job.places, buffer, (rows, inputs), layouts.kinds)
     if not job.spec.needs_gradient:
         with torch.no_grad(), recording(loaded.model, on_call=take):
             outputs = run_model(loaded, inputs)
@@ -540,29 +537,48 @@ def _output_gradients(score: torch.Tensor, calls: Sequence[AttentionCall]) -> li
     return [next(found) if c.output is not None and c.output.requires_grad else None for c in calls]
 
 
-def _layouts(job: _Job, inputs: Inputs, counts: Mapping[str, int]) -> dict[str, TokenLayout]:
-    """The token layouts of every stream for one batch, in which the streams had so many tokens.
+class _Layouts:
+    """The token layouts of one batch, each made once, when it is first asked for."""
 
-    Raises
-    ------
-    RecordingError
-        When a family lays out fewer tokens than the model attended to.
-    """
+    def __init__(self, job: _Job, inputs: Inputs, seed: int) -> None:
+        self._job = job
+        self._inputs = inputs
+        self._seed = seed
+        self._made: dict[tuple[str, int], TokenLayout] = {}
+
+    def of(self, stream: str, tokens: int) -> TokenLayout:
+        """The layout of a stream that has so many tokens in this batch.
+
+        Raises
+        ------
+        RecordingError
+            When the family lays out fewer tokens than the model attended to.
+        """
+        if (stream, tokens) not in self._made:
+            with torch.random.fork_rng(devices=_cuda_devices(self._job.loaded)):
+                # A layout that depends on what the model drew (ViLT's order of patches) draws it again.
+                torch.manual_seed(self._seed)
+                self._made[stream, tokens] = _layout(self._job, self._inputs, stream, tokens)
+        return self._made[stream, tokens]
+
+    def kinds(self, stream: str, tokens: int) -> np.ndarray:
+        """The kinds of these tokens, (sample, token) codes."""
+        return self.of(stream, tokens).kind
+
+
+def _layout(job: _Job, inputs: Inputs, stream: str, tokens: int) -> TokenLayout:
     samples = len(next(iter(inputs.values())))
-    result = {}
     sites = job.run.plan.sites.values()
     packed = {s for site in sites if site.guessed and -1 in site.call_numbers for s in (site.queries, site.keys)}
-    for stream, tokens in counts.items():
-        base = stream.split(".")[0]
-        layout = None if stream in packed else job.loaded.family.streams.get(base, DEFAULT_LAYOUTS.get(base))
-        made = unknown_layout(samples, tokens) if layout is None else layout(inputs, job.loaded, tokens)
-        if not tokens <= made.token_count <= job.run.plan.streams[stream]:
-            raise RecordingError(
-                f"family {job.loaded.family.name!r} lays out {made.token_count} tokens of stream {stream!r}, of which"
-                f" the model attended to {tokens}"
-            )
-        result[stream] = made
-    return result
+    base = stream.partition(".")[0]
+    layout = None if stream in packed else job.loaded.family.streams.get(base, DEFAULT_LAYOUTS.get(base))
+    made = unknown_layout(samples, tokens) if layout is None else layout(inputs, job.loaded, tokens)
+    if not tokens <= made.token_count <= job.run.plan.streams[stream]:
+        raise RecordingError(
+            f"family {job.loaded.family.name!r} lays out {made.token_count} tokens of stream {stream!r}, of which"
+            f" the model attended to {tokens}"
+        )
+    return made
 
 
 def _thumbnails(job: _Job, block: range, rows: Sequence[int], inputs: Inputs) -> np.ndarray:

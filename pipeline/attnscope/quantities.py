@@ -68,6 +68,20 @@ QUANTITIES = (
              "whether a query may attend to no later key", False),
     Quantity("mask", "site", ("sample", "layer", "query_token", "key_token"), "bool", "1",
              "which keys a query may attend to, where the other rules don't say it all", True),
+    Quantity("entropy", "site", ("sample", "layer", "head", "query_token"), "float32", "nat",
+             "entropy of a query's attention weights", _NAN),
+    Quantity("top_key", "site", ("sample", "layer", "head", "query_token", "rank"), "int32", "",
+             "the keys with the largest attention weights of a query, largest first; -1 for none", -1),
+    Quantity("top_value", "site", ("sample", "layer", "head", "query_token", "rank"), "float16", "1",
+             "the attention weights of these keys", _NAN),
+    Quantity("kind_mass", "site", ("sample", "layer", "head", "query_kind", "key_kind"), "float32", "1",
+             "attention that all keys of a kind get together, mean over the queries of a kind", _NAN),
+    Quantity("kind_mass_max", "site", ("sample", "layer", "head", "query_kind", "key_kind"), "float32", "1",
+             "attention that all keys of a kind get together, most that a query of a kind gives", _NAN),
+    Quantity("kind_max", "site", ("sample", "layer", "head", "query_kind", "key_kind"), "float32", "1",
+             "largest attention weight from a query of a kind to a key of a kind", _NAN),
+    Quantity("attention_of_code", "site", ("code",), "float32", "1",
+             "the attention weight that each stored code stands for (encoding compact)", _NAN),
     Quantity("score", "outputs", ("condition", "sample"), "float32", "1", "the target score of the model", _NAN),
     Quantity("query", "weights", ("layer", "head", "channel", "feature"), "float32", "1",
              "rows of the query projection of each head, before any rotary position", _NAN),
@@ -81,7 +95,7 @@ QUANTITIES = (
              "bias of the key projection; 0 where there is none", _NAN),
 )  # fmt: skip
 
-SITE_QUANTITIES = {q.name: q for q in QUANTITIES if q.group == "site"}
+SITE_QUANTITIES = {q.name: q for q in QUANTITIES if q.group == "site" and q.dims[0] == "sample"}
 GRADIENT_QUANTITIES = frozenset({"attention_grad", "attention_relevance"})
 DERIVED_FROM = {"attention_mean": "attention", "attention_relevance": "attention_grad"}
 """Reductions, and the full array that makes each of them needless to store (with `attention` for the second)."""
@@ -89,8 +103,13 @@ RULES = frozenset({"query_valid", "key_valid", "causal", "mask"})
 """Which query may attend to which key; recorded with whatever needs them, never asked for by name."""
 FACTORS = frozenset({"query", "key", "log_sum_exp"})
 """What attention is computed again from where it is stored in factored form."""
+SUMMARIES = frozenset({"entropy", "top_key", "top_value", "kind_mass", "kind_mass_max", "kind_max"})
+"""What answers questions over many samples without reading the attention; of the weights as they are stored."""
+RANKS = 8
+"""How many keys `top_key` and `top_value` have for each query, at most."""
 EXTRACTABLE = frozenset(SITE_QUANTITIES) - RULES | {"weights", "score"}
-ENCODINGS = ("float16", "exact")
+ENCODINGS = ("float16", "exact", "compact")
+"""How dense attention is stored: half precision, float32, or codes of its square root in 256 steps."""
 FORMS = ("auto", "dense", "factored")
 
 
@@ -107,7 +126,8 @@ class ExtractSpec:
     """What to record: quantities, the sites and layers that they are wanted for (None: all), and the target.
 
     `target` names the scalar that gradients and scores are taken of: a class number, 'predicted', 'similarity',
-    'cls_norm' or another name that the model's family knows; None is the family's default.
+    'cls_norm' or another name that the model's family knows; None is the family's default. `summaries`: with the
+    attention, record what answers questions over many samples (`SUMMARIES`).
     """
 
     quantities: frozenset[str] = frozenset({"attention"})
@@ -116,6 +136,7 @@ class ExtractSpec:
     target: str | int | None = None
     encoding: str = "float16"
     form: str = "auto"
+    summaries: bool = True
 
     def __post_init__(self) -> None:
         unknown = sorted(self.quantities - EXTRACTABLE)
@@ -125,6 +146,11 @@ class ExtractSpec:
             raise ValueError(f"unknown encoding {self.encoding!r}; known are {', '.join(ENCODINGS)}")
         if self.form not in FORMS:
             raise ValueError(f"unknown form {self.form!r}; known are {', '.join(FORMS)}")
+
+    @property
+    def recorded(self) -> frozenset[str]:
+        """The quantities, with the summaries that come with the attention."""
+        return self.quantities | SUMMARIES if self.summaries and "attention" in self.quantities else self.quantities
 
     @property
     def needs_gradient(self) -> bool:
@@ -138,7 +164,7 @@ class ExtractSpec:
 
     def covers(self, other: "ExtractSpec") -> bool:
         """Whether a run of this spec holds all that `other` asks for."""
-        mine = self.quantities | {small for small, full in DERIVED_FROM.items() if full in self.quantities}
+        mine = self.recorded | {small for small, full in DERIVED_FROM.items() if full in self.quantities}
         return (
             other.quantities <= mine
             and _contains(self.sites, other.sites)
@@ -179,13 +205,19 @@ def union(specs: Iterable[ExtractSpec]) -> ExtractSpec:
         sites=_union_sets([s.sites for s in specs]),
         layers=_union_sets([s.layers for s in specs]),
         target=next(iter(targets), None),
-        encoding="exact" if any(s.encoding == "exact" for s in specs) else "float16",
+        encoding=_widest({s.encoding for s in specs}),
         form=next(iter(forms), "auto"),
+        summaries=all(s.summaries for s in specs),
     )
 
 
 def _contains(mine: frozenset[T] | None, other: frozenset[T] | None) -> bool:
     return mine is None or (other is not None and other <= mine)
+
+
+def _widest(encodings: set[str]) -> str:
+    """The most exact of some encodings; the default where there are none."""
+    return next((e for e in ("exact", "float16", "compact") if e in encodings), "float16")
 
 
 def _union_sets(sets: list[frozenset[T] | None]) -> frozenset[T] | None:

@@ -24,6 +24,7 @@ from xarray.core import indexing
 from zarr.abc.store import Store
 
 from attnscope.attention_array import (
+    ATTENTION_OF_CODE,
     DIMS,
     AttentionArray,
     DecodedArray,
@@ -37,9 +38,11 @@ from attnscope.claims import POLL, Claims
 from attnscope.quantities import (
     DERIVED_FROM,
     FACTORS,
+    RANKS,
     RULES,
     SCHEMA_VERSION,
     SITE_QUANTITIES,
+    SUMMARIES,
     ExtractSpec,
     Quantity,
     quantity,
@@ -57,7 +60,8 @@ THUMBNAIL_PIXELS = 224
 _CHUNK_BYTES = 2**20
 _UNIT_BYTES = 2**27
 _UNIT_LIMIT = 64
-_DENSE_BOUND = {"float16": "2.5e-4", "float32": "2e-6"}
+_DENSE_DTYPE = {"float16": "float16", "exact": "float32", "compact": "uint8"}
+_DENSE_BOUND = {"float16": "2.5e-4", "float32": "2e-6", "uint8": "3.92e-3"}
 # The checksum of the decoded values doesn't cover the header of a zstd frame; that of the stored bytes does.
 _COMPRESSORS = (zarr.codecs.ZstdCodec(level=1, checksum=True), zarr.codecs.Crc32cCodec())
 _BFLOAT16_NAN = 0x7FC0
@@ -125,7 +129,7 @@ class SitePlan:
 
     def stored(self, spec: ExtractSpec) -> frozenset[str]:
         """Names of the site quantities that are stored for a spec: factored attention is its factors and rules."""
-        names = spec.quantities & set(SITE_QUANTITIES)
+        names = spec.recorded & set(SITE_QUANTITIES)
         if "attention" in names and self.form == "factored":
             names = names - {"attention"} | FACTORS | RULES
         return names | {"query_valid"}
@@ -149,6 +153,7 @@ class RunPlan:
             sizes |= {"layer": len(site.layers), "head": site.heads, "kv_head": site.kv_heads}
             sizes |= {"query_token": site.query_tokens, "key_token": site.key_tokens}
             sizes |= {"channel": site.channels, "value_channel": site.value_channels}
+            sizes |= {"rank": min(RANKS, site.key_tokens), "query_kind": len(KINDS), "key_kind": len(KINDS)}
         return sizes
 
     def sample_bytes(self, spec: ExtractSpec) -> int:
@@ -232,6 +237,10 @@ class Run:
     def write_layer(self, site: str, name: str, block: range, layer: int, values: np.ndarray) -> None:
         """Write one quantity of one layer (a position, not a number) for a whole block; values are (sample, ...)."""
         self._array(f"{site}/{name}")[block.start : block.stop, layer] = values
+
+    def write_layers(self, site: str, name: str, block: range, values: np.ndarray) -> None:
+        """Write one quantity of all layers for a whole block; values are (sample, layer, ...)."""
+        self._array(f"{site}/{name}")[block.start : block.stop] = values
 
     def write_block(self, path: str, block: range, values: np.ndarray) -> None:
         """Write an array of `samples`, of a stream, or of `outputs` for a whole block; values are (sample, ...)."""
@@ -385,6 +394,8 @@ class Run:
         self._site(site)
         if f"{site}/{name}" in self._group:
             stored = self._dataset(site)[name].assign_coords({"sample": self._sample_coordinate()})
+            if "query_kind" in stored.dims:
+                return stored.assign_coords(query_kind=list(KINDS), key_kind=list(KINDS))
             if "encoded" not in stored.attrs:
                 return stored
             array = indexing.LazilyIndexedArray(DecodedArray(self._array(f"{site}/{name}")))
@@ -399,7 +410,7 @@ class Run:
     def quantities(self, site: str) -> tuple[str, ...]:
         """Names of the quantities that `array` gives for a site."""
         self._site(site)
-        wanted = self.spec.quantities
+        wanted = self.spec.recorded
         derived = {small for small, full in DERIVED_FROM.items() if {full, "attention"} <= wanted}
         held = wanted | derived | self.plan.sites[site].stored(self.spec)
         return tuple(name for name in SITE_QUANTITIES if name in held)
@@ -478,12 +489,14 @@ class Run:
         if any(f"{site}/{name}" not in self._group for name in needed):
             raise MissingQuantity(f"{self.location} does not hold the attention of site {site!r}")
         if plan.form == "dense":
-            return DenseTiles(self._array(f"{site}/attention"))
+            codes = self.spec.encoding == "compact"
+            table = self._array(f"{site}/attention_of_code") if codes else None
+            return DenseTiles(self._array(f"{site}/attention"), table)
         return FactoredTiles({name: self._array(f"{site}/{name}") for name in needed}, plan.recipes)
 
     def _bound(self, plan: SitePlan) -> str:
         """Largest difference from the softmax of the model's own query and key."""
-        return _DENSE_BOUND["float32" if plan.form == "factored" or self.spec.encoding == "exact" else "float16"]
+        return _DENSE_BOUND["float32" if plan.form == "factored" else _DENSE_DTYPE[self.spec.encoding]]
 
     def _array(self, path: str) -> zarr.Array:
         # Opening an array reads its metadata file: keep what was opened.
@@ -603,6 +616,10 @@ class _ArrayPlan:
             attrs["bound"] = _DENSE_BOUND[self.dtype]
         if self.dtype == "bfloat16":
             attrs["encoded"] = "bfloat16: the upper half of a float32's bits"
+        if self.row.name == "attention" and self.dtype == "uint8":
+            attrs["encoded"] = "compact: places in attention_of_code"
+        if "query_kind" in self.row.dims:
+            attrs["kinds"] = " ".join(KINDS)
         if self.row.group == "stream" and self.row.name == "kind":
             attrs |= {"flag_values": list(range(len(KINDS))), "flag_meanings": " ".join(KINDS)}
         return attrs
@@ -625,7 +642,10 @@ def _arrays_of(plan: RunPlan, spec: ExtractSpec, samples: int) -> Iterable[_Arra
     for name, site in plan.sites.items():
         for stored in sorted(site.stored(spec)):
             row = SITE_QUANTITIES[stored]
-            yield planned(f"{name}/{stored}", row, plan.sizes(site), _stored_dtype(row, spec, site))
+            dtype = _stored_dtype(row, spec, site)
+            yield planned(f"{name}/{stored}", row, plan.sizes(site), dtype)
+            if stored == "attention" and dtype == "uint8":
+                yield planned(f"{name}/attention_of_code", quantity("site", "attention_of_code"), {"code": 256})
     if "score" in spec.quantities or spec.needs_gradient:
         yield planned("outputs/score", quantity("outputs", "score"), plan.sizes())
 
@@ -640,7 +660,7 @@ def _create_array(root: zarr.Group, array: _ArrayPlan, unit: int) -> None:
         chunks=chunks,
         shards=shards,
         compressors=_COMPRESSORS,
-        fill_value=_BFLOAT16_NAN if bits else array.row.fill,
+        fill_value=_BFLOAT16_NAN if bits else 0 if array.dtype == "uint8" else array.row.fill,
         dimension_names=array.row.dims,
         attributes=array.attrs,  # type: ignore[arg-type]
     )
@@ -649,14 +669,19 @@ def _create_array(root: zarr.Group, array: _ArrayPlan, unit: int) -> None:
 def _chunks(
     row: Quantity, shape: tuple[int, ...], unit: int, itemsize: int
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Chunk near 1 MiB; shard of a whole block, and of one layer where there are layers."""
+    """Chunk near 1 MiB; shard of a whole block, and of one layer where layers are written one by one."""
     block = [min(unit, n) if d == "sample" else 1 if d == "layer" else n for d, n in zip(row.dims, shape, strict=True)]
+    layers = shape[1] if row.group == "site" and row.name in SUMMARIES else 1
     if row.name == "id" or (row.group == "samples" and row.name in ("text", "regions")):
         block[0] = min(shape[0], 2**16)
     chunk = list(block)
     for axis in (row.dims.index(d) for d in ("sample", "head", "kv_head") if d in row.dims):
         while chunk[axis] > 1 and int(np.prod(chunk)) * itemsize > _CHUNK_BYTES and row.dtype != "string":
             chunk[axis] = _next_divisor(block[axis], chunk[axis])
+    if layers > 1:
+        # Written together, so that a question over all samples opens few files; read together where they are small.
+        block[1] = layers
+        chunk[1] = layers if layers * int(np.prod(chunk)) * itemsize <= _CHUNK_BYTES else 1
     block = [max(1, n) for n in block]
     chunk = [max(1, n) for n in chunk]
     return tuple(chunk), None if chunk == block else tuple(block)
@@ -667,8 +692,10 @@ def _next_divisor(whole: int, below: int) -> int:
 
 
 def _stored_dtype(row: Quantity, spec: ExtractSpec, site: SitePlan) -> str:
-    if row.name == "attention" and spec.encoding == "exact":
-        return "float32"
+    if row.name == "attention":
+        return _DENSE_DTYPE[spec.encoding]
+    if row.name == "top_value":
+        return "float16" if spec.encoding == "float16" and site.form == "dense" else "float32"
     return site.dtype if row.name in ("query", "key", "value") else row.dtype
 
 
@@ -687,6 +714,8 @@ def _write_site_coordinates(group: zarr.Group, site: SitePlan) -> None:
                      "recipes": [asdict(r) for r in site.recipes]})  # fmt: skip
     _write_layers(group, site)
     _write_numbers(group, "head", np.arange(site.heads))
+    if "attention_of_code" in group:
+        group["attention_of_code"][:] = ATTENTION_OF_CODE  # type: ignore[index]
 
 
 def _write_layers(group: zarr.Group, site: SitePlan) -> None:

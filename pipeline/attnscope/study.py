@@ -56,12 +56,19 @@ class ExtractOptions(BaseModel):
         default=None,
         description="What gradients are taken of: a class number, 'predicted', 'similarity' or 'cls_norm'.",
     )
-    encoding: Literal["float16", "exact"] | None = Field(
-        default=None, description="How attention is stored: float16 (bound 2.5e-4), or exact (float32)."
+    encoding: Literal["float16", "exact", "compact"] | None = Field(
+        default=None,
+        description="How attention is stored: float16 (bound 2.5e-4), exact (float32), or compact (one byte, bound"
+        " 3.92e-3).",
     )
     form: Literal["auto", "dense", "factored"] | None = Field(
         default=None,
         description="Whether attention is stored as such, or as query and key from which it is computed again.",
+    )
+    summaries: bool | None = Field(
+        default=None,
+        description="Whether entropy, strongest keys, and mass by kind of token are stored beside the attention; yes"
+        " if left alone.",
     )
     device: str | None = Field(
         default=None, description="Where the model runs, such as cpu or cuda:0; a GPU if there is one."

@@ -1,6 +1,7 @@
 """For authors of analysers and families: runs with a known content, and checks of the contracts."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -8,10 +9,10 @@ import numpy as np
 import xarray as xr
 
 from attnscope.analysis import Analyser, analyse
-from attnscope.quantities import ExtractSpec
+from attnscope.quantities import RANKS, ExtractSpec
 from attnscope.run import EXTRACTED, Run, RunPlan, SitePlan
 from attnscope.samples import Region, Sample
-from attnscope.tokens import grid_layout
+from attnscope.tokens import KINDS, TokenLayout, grid_layout
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,8 @@ def make_run(
         scores = generator.normal(0, 2, (len(block), layers, heads, tokens, tokens))
         attention = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
         relevance = np.clip(generator.normal(0, 1, (len(block), layers, tokens, tokens)), 0, None)
-        run.write_tokens("vision", block, grid_layout(len(block), *grid))
+        layout = grid_layout(len(block), *grid)
+        run.write_tokens("vision", block, layout)
         for layer in range(layers):
             run.write_layer("vision.self", "query_valid", block, layer, np.ones((len(block), tokens), bool))
             if "attention" in quantities:
@@ -69,6 +71,9 @@ def make_run(
                 run.write_layer("vision.self", "attention_mean", block, layer, attention[:, layer].mean(1))
             if "attention_relevance" in quantities:
                 run.write_layer("vision.self", "attention_relevance", block, layer, relevance[:, layer])
+        if "attention" in quantities:
+            for name, values in _summaries(attention.astype(np.float32), layout).items():
+                run.write_layers("vision.self", name, block, values)
         if "score" in quantities:
             run.write_block("outputs/score", block, generator.normal(size=(1, len(block))).astype(np.float32))
         pictures = generator.integers(0, 255, (len(block), 224, 224, 3), dtype=np.uint8)
@@ -82,6 +87,25 @@ def make_run(
                 "vision.self", layer, {"query": query, "key": key, "query_bias": zeros, "key_bias": zeros}
             )
     return run
+
+
+def _summaries(attention: np.ndarray, layout: TokenLayout) -> dict[str, np.ndarray]:
+    """Summaries of attention (sample, layer, head, query_token, key_token) among tokens of which none is padding."""
+    order = np.argsort(-attention, axis=-1, kind="stable")[..., :RANKS]
+    shape = (*attention.shape[:3], len(KINDS), len(KINDS))
+    mean, most, largest = np.full((3, *shape), np.nan, np.float32)
+    for of, to in itertools.product(np.unique(layout.kind), repeat=2):
+        block = attention[..., layout.kind[0] == of, :][..., layout.kind[0] == to]
+        mass = block.sum(-1)
+        mean[..., of, to], most[..., of, to], largest[..., of, to] = mass.mean(-1), mass.max(-1), block.max((-2, -1))
+    return {
+        "entropy": -(attention * np.log(attention)).sum(-1),
+        "top_key": order.astype(np.int32),
+        "top_value": np.take_along_axis(attention, order, axis=-1),
+        "kind_mass": mean,
+        "kind_mass_max": most,
+        "kind_max": largest,
+    }
 
 
 def check_analyser(analyser: Analyser) -> xr.Dataset:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnscope.quantities import SITE_QUANTITIES
+from attnscope.attention_array import ATTENTION_OF_CODE
+from attnscope.quantities import SITE_QUANTITIES, SUMMARIES
 from attnscope.recording import AttentionCall
 from attnscope.run import Run, SitePlan
 from attnscope.stores import StoreError
@@ -17,13 +18,26 @@ from attnscope.tokens import TokenLayout
 
 _TILE_BYTES = 2**26
 _QUEUE_LENGTH = 4
-_DTYPES = {"float16": torch.float16, "exact": torch.float32}
 
 
 def encoded_attention(call: AttentionCall, encoding: str) -> np.ndarray:
     """The attention of a call as it is stored: (batch, head, query_token, key_token), cast on the device."""
-    parts = [call.attention(heads=h).to(_DTYPES[encoding]).cpu() for h in head_tiles(call)]
+    parts = [encoded(call.attention(heads=h), encoding).cpu() for h in head_tiles(call)]
     return torch.cat(parts, dim=1).numpy()
+
+
+def encoded(attention: torch.Tensor, encoding: str) -> torch.Tensor:
+    """Attention weights as they are stored: half precision, float32, or codes of their square root."""
+    if encoding == "compact":
+        return attention.sqrt().mul_(255).round_().to(torch.uint8)
+    return attention.half() if encoding == "float16" else attention
+
+
+def decoded(stored: torch.Tensor) -> torch.Tensor:
+    """What `encoded` gave, as the float32 weights that a reader of the run sees."""
+    if stored.dtype == torch.uint8:
+        return torch.from_numpy(ATTENTION_OF_CODE).to(stored.device)[stored.int()]
+    return stored.float()
 
 
 def head_tiles(call: AttentionCall) -> list[slice]:
@@ -81,7 +95,10 @@ class BlockWriter:
 
 
 class BlockBuffer:
-    """The site quantities of one block; a layer is handed to the writer once every wanted row of it has come."""
+    """The site quantities of one block; a layer is handed to the writer once every wanted row of it has come.
+
+    Of summaries, which are small, all layers are handed over together.
+    """
 
     def __init__(self, run: Run, block: range, rows: Sequence[int], writer: BlockWriter) -> None:
         self._run = run
@@ -93,18 +110,23 @@ class BlockBuffer:
 
     def put(self, site: str, name: str, layer: int, rows: Sequence[int], values: np.ndarray) -> None:
         """Add the values (batch, ...) of one batch at a layer position; shorter tokens leave the rest unfilled."""
-        place = (site, name, layer)
+        plan = self._run.plan.sites[site]
+        together = name in SUMMARIES
+        place = (site, name, 0 if together else layer)
         array, filled = self._open.pop(place, (None, 0))
         if array is None:
-            array = self._empty(self._run.plan.sites[site], name, values.dtype)
+            array = self._empty(plan, name, values.dtype)
         places: tuple[Any, ...] = (list(rows), *(slice(0, n) for n in values.shape[1:]))
-        array[places] = values
+        (array[:, layer] if together else array)[places] = values
         filled += len(rows)
-        if filled < self._wanted:
+        if filled < self._wanted * (len(plan.layers) if together else 1):
             self._open[place] = (array, filled)
             return
         self.bytes += array.nbytes
-        self._writer.put(lambda: self._run.write_layer(site, name, self._block, layer, array))
+        if together:
+            self._writer.put(lambda: self._run.write_layers(site, name, self._block, array))
+        else:
+            self._writer.put(lambda: self._run.write_layer(site, name, self._block, layer, array))
 
     def unfinished(self) -> list[str]:
         """What did not come for every row: names of quantity and layer."""
@@ -113,9 +135,10 @@ class BlockBuffer:
     def _empty(self, site: SitePlan, name: str, dtype: np.dtype) -> np.ndarray:
         row = SITE_QUANTITIES[name]
         sizes = self._run.plan.sizes(site)
-        shape = [len(self._block), *(sizes[d] for d in row.dims if d not in ("sample", "layer"))]
-        # Codes of bfloat16 can't be NaN as numbers; what stays unfilled is hidden by the token kinds in any case.
-        return np.full(shape, 0 if dtype == np.uint16 else row.fill, dtype)
+        alone = {"sample"} if name in SUMMARIES else {"sample", "layer"}
+        shape = [len(self._block), *(sizes[d] for d in row.dims if d not in alone)]
+        # Codes can't be NaN as numbers; what stays unfilled is hidden by the token kinds in any case.
+        return np.full(shape, 0 if dtype.kind == "u" else row.fill, dtype)
 
 
 class TokenBuffer:

@@ -40,7 +40,7 @@ def text_run(store: MemoryStore | None = None) -> tuple[Run, np.ndarray]:
     site = SitePlan("text", "text", LAYERS, ("a", "b", "c"), HEADS, HEADS, TOKENS, TOKENS)
     plan = RunPlan({"text": TOKENS}, {"text.self": site}, unit=1)
     samples = [Sample(name, text=" ".join(words)) for name, words in SENTENCES.items()]
-    run = Run.create(store, plan, ExtractSpec(encoding="exact"), samples, {"model": "made"})
+    run = Run.create(store, plan, ExtractSpec(encoding="exact", summaries=False), samples, {"model": "made"})
     generator = np.random.default_rng(5)
     attention = np.full((len(SENTENCES), len(LAYERS), HEADS, TOKENS, TOKENS), np.nan, np.float32)
     for block, words in zip(run.blocks(), SENTENCES.values(), strict=True):

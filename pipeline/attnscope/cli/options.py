@@ -32,9 +32,16 @@ def extract_options(command: Command) -> Command:
         click.option(
             "--target", type=Target(), help="Take gradients of this: a class number, predicted, cls_norm, ..."
         ),
-        click.option("--encoding", type=click.Choice(["float16", "exact"]), help="How attention is stored."),
+        click.option(
+            "--encoding", type=click.Choice(["float16", "exact", "compact"]), help="How attention is stored."
+        ),
         click.option(
             "--form", type=click.Choice(["auto", "dense", "factored"]), help="Attention itself, or query and key."
+        ),
+        click.option(
+            "--summaries/--no-summaries",
+            default=None,
+            help="Store what answers questions over many samples beside the attention (the default).",
         ),
         click.option("--device", help="Where the model runs: cpu, cuda, cuda:1; a GPU if there is one."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the model."),
