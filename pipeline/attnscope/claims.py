@@ -10,6 +10,7 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -76,13 +77,11 @@ class Claims:
             for number in range(self._held.pop(name), -1, -1):
                 delete(self._store, _key(name, number))
 
-    def alone(self) -> bool:
-        """Whether nobody else who seems to live has claimed anything."""
-        for key in keys(self._store, FOLDER):
-            found = None if key.endswith(".partial") else read(self._store, key)
-            if found is not None and not self._is_mine(found) and not self._is_abandoned(key, found):
-                return False
-        return True
+    def clear(self) -> None:
+        """Delete what others have abandoned; for when nothing is left to do, so that nobody succeeds them."""
+        for key, content in self._others():
+            if self._is_abandoned(key, content):
+                delete(self._store, key)
 
     def remove_partial_files(self) -> int:
         """Delete what killed writers left half written in a local store, but nothing that a living one may be writing.
@@ -94,12 +93,18 @@ class Claims:
         root = Path(self._store.root)
         # Files first, claims after: who writes a block has claimed it before.
         found = list(root.rglob("*.partial"))
-        alone = bool(found) and self.alone()
+        alone = bool(found) and all(self._is_abandoned(key, content) for key, content in self._others())
         # Analyses are written without a claim.
         deleted = [p for p in found if (alone and root / "analyses" not in p.parents) or _is_old(p)]
         for path in deleted:
             path.unlink(missing_ok=True)
         return len(deleted)
+
+    def _others(self) -> Iterator[tuple[str, bytes]]:
+        for key in keys(self._store, FOLDER):
+            content = None if key.endswith(".partial") else read(self._store, key)
+            if content is not None and not self._is_mine(content):
+                yield key, content
 
     def _content(self) -> bytes:
         return json.dumps(self._owner | {"renewed": datetime.now(UTC).isoformat()}).encode()

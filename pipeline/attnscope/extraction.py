@@ -352,6 +352,7 @@ def _extract_blocks(
         finally:
             writer.close()
         claims.remove_partial_files()
+        claims.clear()
     # Others may have done a part of it.
     report.already(run.status)
     report("done")

@@ -127,6 +127,15 @@ def test_half_written_files_go_unless_another_is_at_work(store: LocalStore, tmp_
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.partial")] == ["analyses/0.abc.partial"]
 
 
+def test_what_others_abandoned_is_cleared_and_nothing_else(store: LocalStore) -> None:
+    write(store, f"{FOLDER}/0.0", owner_that_died())
+    write(store, f"{FOLDER}/1.0", owner_of_another_machine())
+    with Claims(store) as mine:
+        mine.take("2")
+        mine.clear()
+        assert sorted(keys(store, FOLDER)) == [f"{FOLDER}/1.0", f"{FOLDER}/2.0"]
+
+
 def test_a_file_system_without_hard_links_has_one_winner_too(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

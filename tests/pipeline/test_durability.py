@@ -1,0 +1,199 @@
+"""Kills at random moments, and several processes on one run: nothing that was finished is lost or done again."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from attnscope.checking import check_run
+from attnscope.run import MISSING, open_run
+
+SAMPLES, UNIT = 60, 2
+
+# Forks a child for each extraction, since most of a small one's time goes into imports. Every block that a child
+# extracts is noted in a log.
+_NURSERY = """
+import os, sys
+import torch
+from transformers import BertModel
+import attnscope.extraction, attnscope.run
+from attnscope.quantities import ExtractSpec
+
+folder, samples, unit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+attnscope.run._UNIT_LIMIT = unit
+model = BertModel.from_pretrained(folder)
+generator = torch.Generator().manual_seed(0)
+inputs = [{"input_ids": torch.randint(5, 20, (1, 6 + i % 5), generator=generator)} for i in range(samples)]
+spec = ExtractSpec(frozenset({"attention", "attention_relevance", "score", "weights"}), target="cls_norm")
+
+def extract(out):
+    log = os.open(out + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    whole = attnscope.extraction._extract_block
+    def noted(job, block):
+        os.write(log, b"%d\\n" % block.start)
+        return whole(job, block)
+    attnscope.extraction._extract_block = noted
+    attnscope.extraction.extract(model, inputs, out=out, spec=spec, batch_size=1)
+
+for line in sys.stdin:
+    count, out = line.split()
+    children = []
+    for _ in range(int(count)):
+        child = os.fork()
+        if child == 0:
+            try:
+                extract(out)
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    print(*children, flush=True)
+    print(*(os.waitpid(child, 0)[1] for child in children), flush=True)
+"""
+
+
+@dataclass
+class Nursery:
+    """Starts extractions as processes of their own."""
+
+    process: "subprocess.Popen[str]"
+
+    def begin(self, out: Path, count: int = 1) -> list[int]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{count} {out}\n")
+        self.process.stdin.flush()
+        return self._numbers()
+
+    def end(self) -> list[int]:
+        """How they ended: 0 or, where killed, 9."""
+        return self._numbers()
+
+    def whole(self, out: Path, count: int = 1) -> float:
+        """Extract undisturbed; the seconds that it took."""
+        started = time.monotonic()
+        self.begin(out, count)
+        assert self.end() == [0] * count
+        return time.monotonic() - started
+
+    def _numbers(self) -> list[int]:
+        assert self.process.stdout is not None
+        return [int(word) for word in self.process.stdout.readline().split()]
+
+
+@pytest.fixture(scope="module")
+def nursery(tiny_bert: Path) -> Iterator[Nursery]:
+    command = [sys.executable, "-c", _NURSERY, str(tiny_bert), str(SAMPLES), str(UNIT)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Nursery(process)
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run.zarr"
+    nursery.whole(out)
+    return out
+
+
+def arrays(run: Path) -> dict[str, np.ndarray]:
+    group = zarr.open_group(run, mode="r", use_consolidated=False)
+    return {path: np.asarray(a[...]) for path, a in group.members(max_depth=None) if isinstance(a, zarr.Array)}
+
+
+def assert_equal_and_clean(run: Path, other: Path) -> None:
+    mine, theirs = arrays(run), arrays(other)
+    assert set(mine) == set(theirs)
+    for path, values in theirs.items():
+        np.testing.assert_array_equal(mine[path], values, err_msg=path)
+    assert check_run(open_run(run)).faults == ()
+    assert [p for p in run.rglob("*") if p.is_file() and (p.suffix == ".partial" or "claims" in p.parts)] == []
+
+
+def written_at(run: Path) -> dict[int, tuple[int, int]]:
+    """For each block, when its mark and its attention were written; 0 where they weren't."""
+
+    def changed(path: Path) -> int:
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+    blocks = range(SAMPLES // UNIT)
+    return {
+        i: (changed(run / f"samples/status/c/{i}"), changed(run / f"text.self/attention/c/{i}/1/0/0/0")) for i in blocks
+    }
+
+
+def extracted_blocks(run: Path) -> list[int]:
+    return sorted(int(line) for line in Path(f"{run}.log").read_text().split())
+
+
+@pytest.mark.slow
+def test_fifty_kills_lose_only_what_was_in_flight(nursery: Nursery, undisturbed: Path, tmp_path: Path) -> None:
+    seconds = nursery.whole(tmp_path / "timed.zarr")
+    generator = random.Random(time.time_ns())
+    runs, kills, out = 0, 0, tmp_path / "0.zarr"
+    before: dict[int, tuple[int, int]] = {}
+    while kills < 50 or before:
+        if kills < 50:
+            (child,) = nursery.begin(out)
+            time.sleep(generator.uniform(0, 0.4 * seconds))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            ended = nursery.end()
+        else:
+            nursery.begin(out)
+            ended = nursery.end()
+        now = written_at(out)
+        for block, times in before.items():
+            assert times[0] == 0 or now[block] == times, f"block {block} was finished, and written again"
+        marked = [i for i, (mark, _) in now.items() if mark]
+        in_flight = [i for i, (mark, values) in now.items() if values and not mark]
+        assert marked == list(range(len(marked)))
+        assert in_flight in ([], [len(marked)])
+        before = now
+        kills += ended == [9]
+        if ended == [0]:
+            assert_equal_and_clean(out, undisturbed)
+            runs, before = runs + 1, {}
+            out = tmp_path / f"{runs}.zarr"
+        else:
+            assert ended == [9]
+    assert runs
+
+
+def test_two_processes_share_a_run_and_no_block_is_done_twice(
+    nursery: Nursery, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run.zarr"
+    nursery.whole(out, count=2)
+    assert extracted_blocks(out) == list(range(0, SAMPLES, UNIT))
+    assert_equal_and_clean(out, undisturbed)
+
+
+def test_what_a_killed_process_had_claimed_another_finishes(
+    nursery: Nursery, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run.zarr"
+    children = nursery.begin(out, 3)
+    log = Path(f"{out}.log")
+    for child in children[:2]:
+        size = log.stat().st_size if log.exists() else 0
+        while not log.exists() or log.stat().st_size <= size:
+            time.sleep(0.005)
+        os.kill(child, signal.SIGKILL)
+    assert nursery.end() == [9, 9, 0]
+    again = len(extracted_blocks(out)) - SAMPLES // UNIT
+    assert 0 <= again <= 2
+    assert not (open_run(out).status == MISSING).any()
+    assert_equal_and_clean(out, undisturbed)
