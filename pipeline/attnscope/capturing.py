@@ -9,7 +9,7 @@ import torch
 from attnscope.families import Fold, Inputs
 from attnscope.loading import LoadedModel
 from attnscope.planning import RecordingError, check_output, check_rows, fold_of
-from attnscope.quantities import FACTORS, SITE_QUANTITIES, SUMMARIES, ExtractSpec
+from attnscope.quantities import FACTORS, SITE_QUANTITIES, SUMMARIES, TENSORS, ExtractSpec
 from attnscope.recipes import RuleReader, proved_rows, recipe_of
 from attnscope.recording import AttentionCall
 from attnscope.recording.calls import unseen
@@ -18,7 +18,6 @@ from attnscope.summaries import Kinds, Summaries, TokenKinds
 from attnscope.writing import BlockBuffer, encoded, head_tiles
 
 _LOG_SUM_EXP_TOLERANCE = 1e-3
-_TENSORS = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def call_quantities(
     encoding = "exact" if plan.form == "factored" else spec.encoding
     beside = None if kinds is None else Summaries(kinds, valid, wanted & SUMMARIES, encoding)
     found = _by_head_tiles(call, gradient, spec, wanted, beside) | {"query_valid": valid.cpu().numpy()}
-    for name in _TENSORS:
+    for name in TENSORS:
         tensor = getattr(call, name)
         if name in wanted and tensor is not None:
             found[name] = _plain(tensor, plan.dtype)

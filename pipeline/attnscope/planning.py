@@ -202,7 +202,14 @@ def check_output(call: AttentionCall, rows: torch.Tensor | None = None) -> None:
 
 
 def check_rows(attention: torch.Tensor, call: AttentionCall) -> None:
-    """Raise RecordingError unless rows are probabilities: not negative, and summing to 1 (less with sinks, or 0)."""
+    """Raise RecordingError unless rows are probabilities: not negative, and summing to 1 (less with sinks, or 0).
+
+    Rows that were computed here from query and key are so by construction, unless those aren't finite.
+    """
+    if call.probabilities is None:
+        if not np.isfinite(float(attention.sum())):
+            raise RecordingError(f"attention of module {call.module!r} is not finite: its query or key isn't")
+        return
     sums = attention.sum(dim=-1)
     low, high = float(sums.min()), float(sums.max())
     valid = sums[sums > 0]

@@ -101,6 +101,8 @@ DERIVED_FROM = {"attention_mean": "attention", "attention_relevance": "attention
 """Reductions, and the full array that makes each of them needless to store (with `attention` for the second)."""
 RULES = frozenset({"query_valid", "key_valid", "causal", "mask"})
 """Which query may attend to which key; recorded with whatever needs them, never asked for by name."""
+TENSORS = ("query", "key", "value")
+"""What the kernel received, stored in the model's own precision."""
 FACTORS = frozenset({"query", "key", "log_sum_exp"})
 """What attention is computed again from where it is stored in factored form."""
 SUMMARIES = frozenset({"entropy", "top_key", "top_value", "kind_mass", "kind_mass_max", "kind_max"})
