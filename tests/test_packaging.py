@@ -22,7 +22,18 @@ HEAVY = ("PIL", "matplotlib", "prefect", "safetensors", "torch", "transformers")
 
 # The modules of attnscope, each below those that may import it. A package counts as one, but for the modules that are
 # named here themselves. Importing for type checkers alone is free.
-CORE = ("quantities", "tokens", "samples", "stores", "claims", "attention_array", "selection", "run", "checking")
+CORE = (
+    "quantities",
+    "tokens",
+    "samples",
+    "stores",
+    "claims",
+    "attention_array",
+    "selection",
+    "questions",
+    "run",
+    "checking",
+)
 ANALYSIS = ("statistics", "report", "plugins", "analysis", "rendering")
 EMBEDDED = ("embedded",)
 MODEL_LINE = (

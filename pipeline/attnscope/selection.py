@@ -126,6 +126,26 @@ def choose(run: "Run", site: str, quantity: str, choices: Mapping[str, Choice]) 
     return Selection(array.isel(chosen), tuple(masks))
 
 
+def chosen_positions(run: "Run", site: str, name: str, choice: Choice) -> np.ndarray:
+    """Positions along 'sample', 'layer' or 'head' of a site's attention, as `select` understands a choice."""
+    lengths = {"sample": len(run.sample_ids), "layer": len(run.plan.sites[site].layers)}
+    length = lengths.get(name, run.plan.sites[site].heads)
+    found = np.arange(length) if choice is None else _axis(run, site, name, length).positions(choice)
+    return np.atleast_1d(found)
+
+
+def chosen_tokens(run: "Run", site: str, side: str, choice: Choice, samples: np.ndarray) -> np.ndarray:
+    """Which tokens are chosen, of the samples at these positions: (sample, token) bool; `side` is 'query' or 'key'."""
+    plan = run.plan.sites[site]
+    length = plan.query_tokens if side == "query" else plan.key_tokens
+    if choice is None:
+        return np.ones((len(samples), length), bool)
+    positions, mask = _tokens(run, site, side, choice, samples)
+    found = np.zeros((len(samples), length), bool)
+    found[:, np.atleast_1d(positions)] = True if mask is None else mask
+    return found
+
+
 # -- samples, layers, heads --------------------------------------------------------------------------------------------
 
 

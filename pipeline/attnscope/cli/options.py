@@ -32,9 +32,7 @@ def extract_options(command: Command) -> Command:
         click.option(
             "--target", type=Target(), help="Take gradients of this: a class number, predicted, cls_norm, ..."
         ),
-        click.option(
-            "--encoding", type=click.Choice(["float16", "exact", "compact"]), help="How attention is stored."
-        ),
+        click.option("--encoding", type=click.Choice(["float16", "exact", "compact"]), help="How attention is stored."),
         click.option(
             "--form", type=click.Choice(["auto", "dense", "factored"]), help="Attention itself, or query and key."
         ),
