@@ -14,7 +14,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 READY := $(VENV)/.ready-$(VERSION)
 READY_DEV := $(VENV)/.ready-dev-$(VERSION)
 
-.PHONY: help demo test lint format types spelling wheel clean
+.PHONY: help demo test lint format types spelling compatibility wheel clean
 
 help:
 	@echo 'make demo      set up, run the study on real photographs, write the report into $(DEMO_OUT)/'
@@ -22,6 +22,7 @@ help:
 	@echo 'make lint      check style and formatting; make format: put both right'
 	@echo 'make types     check types'
 	@echo 'make spelling  check spelling'
+	@echo 'make compatibility  measure every example of a family anew, into docs/compatibility.md'
 	@echo 'make wheel     build the wheel and the source distribution into dist/'
 	@echo 'make clean     remove the environment, caches and built files'
 
@@ -46,6 +47,9 @@ types: $(READY_DEV)
 
 spelling: $(READY_DEV)
 	$(BIN)/codespell
+
+compatibility: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m attnscope.compatibility docs/compatibility.md
 
 wheel: $(READY_DEV)
 	$(BIN)/python -m hatchling build

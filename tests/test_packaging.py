@@ -47,9 +47,11 @@ MODEL_LINE = (
     "proving",
     "batching",
     "capturing",
+    "ready",
     "extraction",
     "inspection",
     "families.conformance",
+    "compatibility",
 )
 ORDER = (*CORE, *ANALYSIS, *EMBEDDED, *MODEL_LINE, "testing", "study", "cli")
 

@@ -36,6 +36,7 @@ from attnscope.planning import (
 )
 from attnscope.proving import look_at_projections
 from attnscope.quantities import ExtractSpec, union
+from attnscope.ready import alike, collated, cut_batch, largest_inputs, text_lengths
 from attnscope.recording import AttentionCall, recording
 from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, THUMBNAIL_PIXELS, Run, RunError, RunStands, open_run
 from attnscope.samples import Sample, SampleError, read_samples, unique_ids
@@ -147,7 +148,7 @@ def extract(
     )
     report = _Reporter(progress, started, len(listed))
     with _evaluation(loaded.model):
-        prepared = prepare(listed, loaded) if ready is None else Prepared(listed, _ready_lengths(ready), {})
+        prepared = prepare(listed, loaded) if ready is None else Prepared(listed, text_lengths(ready), {})
         source = str(samples) if isinstance(samples, str | Path) else ""
         run = _open_or_create(loaded, wanted, prepared, ready, (out, source), batch_size, report)
         _extract_blocks(loaded, run, wanted, prepared, ready, batch_size, report, deadline)
@@ -176,7 +177,7 @@ def _listed(
     if listed:
         return unique_ids(listed)[:limit], None
     batches = [b for b in given if isinstance(b, Mapping)]
-    rows = [{k: v[i : i + 1] for k, v in batch.items()} for batch in batches for i in range(_batch_length(batch))]
+    rows = [row for batch in batches for row in cut_batch(batch)]
     return [Sample(f"input-{i}") for i in range(len(rows[:limit]))], rows[:limit]
 
 
@@ -189,17 +190,6 @@ def _from_source(source: str, limit: int | None) -> list[Sample]:
         return embedded_samples(source.removeprefix("embedded:"))[:limit]
     except ModuleNotFoundError as error:
         raise SampleError(str(error)) from None
-
-
-def _batch_length(batch: Mapping[str, torch.Tensor]) -> int:
-    lengths = {len(v) for v in batch.values()}
-    if len(lengths) != 1:
-        raise SampleError(f"ready inputs have different batch sizes: {sorted(lengths)}")
-    return lengths.pop()
-
-
-def _ready_lengths(ready: Sequence[Inputs]) -> np.ndarray:
-    return np.array([x["input_ids"].shape[1] if "input_ids" in x else 0 for x in ready], np.int64)
 
 
 def _open_or_create(
@@ -220,6 +210,8 @@ def _open_or_create(
         return existing
     inputs = _probe_inputs(loaded, prepared, ready)
     calls, outputs = probe(loaded, inputs)
+    if ready is not None:
+        prepared = replace(prepared, longest=_longest(loaded, spec, prepared, ready))
     thumbnails = ready is None and any(s.image is not None for s in prepared.samples)
     plan = plan_run(calls, spec, prepared, batch_size, thumbnails)
     forecast = forecast_bytes(calls, plan, spec, len(prepared.samples))
@@ -285,7 +277,7 @@ def _probe_inputs(loaded: LoadedModel, prepared: Prepared, ready: Sequence[Input
     """The inputs of the longest sample that can be encoded: no later one needs more tokens."""
     if ready is not None:
         # The longest text and the longest target, or the largest image, may be two samples'.
-        return _padded(ready[int(prepared.lengths.argmax())], ready)
+        return largest_inputs(ready)[0]
     for i in sorted(range(len(prepared.samples)), key=lambda i: -prepared.lengths[i]):
         if i in prepared.problems:
             continue
@@ -303,6 +295,15 @@ def _probe_inputs(loaded: LoadedModel, prepared: Prepared, ready: Sequence[Input
 def _blameless(message: str) -> str:
     """The reason alone: the sample's name stands beside it in the run."""
     return message
+
+
+def _longest(loaded: LoadedModel, spec: ExtractSpec, prepared: Prepared, ready: Sequence[Inputs]) -> dict[str, int]:
+    """The most tokens of each stream among the ready samples beside the first that is probed."""
+    longest: dict[str, int] = {}
+    for inputs in largest_inputs(ready)[1:]:
+        streams = plan_run(probe(loaded, inputs)[0], spec, prepared, 1, thumbnails=False).streams
+        longest |= {name: max(tokens, longest.get(name, 0)) for name, tokens in streams.items()}
+    return longest
 
 
 def _write_weights(loaded: LoadedModel, inputs: Inputs, run: Run) -> None:
@@ -455,17 +456,24 @@ def _encoded_batches(job: _Job, block: range) -> tuple[list[tuple[list[int], Inp
     rows = [r for r in range(len(block)) if r not in problems]
     rows.sort(key=lambda r: job.prepared.lengths[block.start + r])
     batches = []
-    for start in range(0, len(rows), job.batch_size):
-        chosen = rows[start : start + job.batch_size]
+    for chosen in _sharing(job, block, rows):
         usable, inputs = _encode(job, block, chosen, problems)
         if usable:
             batches.append((usable, inputs))
     return batches, problems
 
 
+def _sharing(job: _Job, block: range, rows: Sequence[int]) -> Iterator[list[int]]:
+    """The rows in order, as many as a batch takes, and only such as can be put into one."""
+    ready = job.ready
+    groups = [list(rows)] if ready is None else alike([ready[i] for i in block], rows)
+    for group in groups:
+        yield from (group[start : start + job.batch_size] for start in range(0, len(group), job.batch_size))
+
+
 def _encode(job: _Job, block: range, rows: list[int], problems: dict[int, str]) -> tuple[list[int], Inputs]:
     if job.ready is not None:
-        return rows, _collated([job.ready[block.start + r] for r in rows])
+        return rows, collated([job.ready[block.start + r] for r in rows])
     encode = job.loaded.family.encode
     samples = [job.prepared.samples[block.start + r] for r in rows]
     try:
@@ -481,22 +489,6 @@ def _encode(job: _Job, block: range, rows: list[int], problems: dict[int, str]) 
             problems[row] = _blameless(str(error))
     kept = [job.prepared.samples[block.start + r] for r in usable]
     return usable, encode(kept, job.loaded) if kept else {}
-
-
-def _collated(rows: Sequence[Inputs]) -> Inputs:
-    """One batch from one-row inputs; shorter ones are padded at the end with zeros, as their mask then says."""
-    padded = [_padded(row, rows) for row in rows]
-    return {name: torch.cat([row[name] for row in padded]) for name in rows[0]}
-
-
-def _padded(row: Inputs, rows: Sequence[Inputs]) -> Inputs:
-    """One-row inputs, each tensor padded at the end with zeros to the largest sizes that it has among all rows."""
-    padded = {}
-    for name, tensor in row.items():
-        longest = [max(sizes) for sizes in zip(*(r[name].shape for r in rows), strict=True)]
-        pad = [n for d in range(tensor.ndim - 1, 0, -1) for n in (0, longest[d] - tensor.shape[d])]
-        padded[name] = torch.nn.functional.pad(tensor, pad)
-    return padded
 
 
 def _run_batch(

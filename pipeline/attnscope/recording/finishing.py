@@ -62,7 +62,10 @@ def finish(recording: Recording, found: Probabilities, actual: Tensor, value: Te
 
 
 def record_alone(recording: Recording, origin: Softmax) -> None:
-    """Record a softmax whose product with a value, if there is one, was not seen."""
+    """Record a softmax whose product with a value, if there is one, was not seen.
+
+    Its rows are what it ran over: GroupViT's patches, which choose among groups, are queries.
+    """
     origin.finish()
     if origin.frame is None or origin.frame.name is None:
         return
@@ -73,7 +76,8 @@ def record_alone(recording: Recording, origin: Softmax) -> None:
             layout = layout_of(tuple(origin.tensor.shape[:-2]), module)
             fields = _explained(origin, layout, layout.canonical(origin.tensor), Probabilities(origin))
         else:
-            fields = {"probabilities": four_axes(origin.tensor, module).detach()}
+            probabilities = origin.tensor.mT if origin.flipped else origin.tensor
+            fields = {"probabilities": four_axes(probabilities, module).detach()}
     record(recording, origin.frame.name, "own code", fields)
 
 

@@ -187,10 +187,11 @@ def _softmax(tap: FunctionTap, func: Any, args: Args, kwargs: Kwargs) -> Any:
     over_keys = dim in (-1, scores.dim() - 1)
     trail = tag if isinstance(tag, Scores) and over_keys and not tag.squashed and tag.split is None else None
     frame = tap.recording.frame()
-    origin = Softmax(result, trail, frame)
+    flipped = dim in (-2, scores.dim() - 2)
+    origin = Softmax(result, trail, frame, flipped)
     if frame is not None:
         frame.softmaxes.append(origin)
-    tap.tags.set(result, Probabilities(origin, flipped=dim in (-2, scores.dim() - 2)))
+    tap.tags.set(result, Probabilities(origin, flipped))
     return result
 
 

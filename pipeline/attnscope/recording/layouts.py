@@ -89,7 +89,7 @@ def as_dimensions(tensor: Tensor, count: int) -> Tensor:
 
 def four_axes(tensor: Tensor, module: nn.Module | None) -> Tensor:
     """Probabilities of unknown origin as (batch, head, query_token, key_token), as far as their shape tells."""
-    if tensor.dim() <= 4:
+    if tensor.dim() in (2, 4):
         tensor = as_dimensions(tensor, 4)
     else:
         tensor = layout_of(tuple(tensor.shape[:-2]), module).canonical(tensor)

@@ -48,11 +48,15 @@ class Frame:
 
 @dataclass(eq=False)
 class Softmax:
-    """A softmax that own code ran: its result, its `Scores` if they are known, and whether a call has it (`done`)."""
+    """A softmax that own code ran: its result, its `Scores` if they are known, and whether a call has it (`done`).
+
+    `flipped` where it ran over the axis before the last.
+    """
 
     tensor: Tensor
     scores: object
     frame: Frame | None
+    flipped: bool = False
     done: bool = False
 
     def finish(self) -> None:

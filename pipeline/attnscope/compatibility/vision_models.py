@@ -1,0 +1,209 @@
+"""Vision models."""
+
+import transformers as hf
+
+from attnscope.compatibility.examples import BOTH, EAGER, VISION, Example, image, numbers
+
+EXAMPLES: dict[str, Example] = {
+    "vit": Example("ViTModel", lambda: hf.ViTConfig(**VISION), image, BOTH),
+    "deit": Example("DeiTModel", lambda: hf.DeiTConfig(**VISION), image, BOTH),
+    "dinov2": Example("Dinov2Model", lambda: hf.Dinov2Config(**VISION), image, BOTH),
+    "dinov3": Example("DINOv3ViTModel", lambda: hf.DINOv3ViTConfig(**VISION), image, BOTH),
+    "beit": Example("BeitModel", lambda: hf.BeitConfig(**VISION, use_relative_position_bias=True), image, BOTH),
+    "swin": Example(
+        "SwinModel",
+        lambda: hf.SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4),
+        image,
+        BOTH,
+    ),
+    "swinv2": Example(
+        "Swinv2Model",
+        lambda: hf.Swinv2Config(
+            image_size=16, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4
+        ),
+        image,
+        EAGER,
+    ),
+    "swin2sr": Example(
+        "Swin2SRModel",
+        lambda: hf.Swin2SRConfig(image_size=16, patch_size=1, embed_dim=8, depths=[2], num_heads=[2], window_size=4),
+        image,
+        EAGER,
+    ),
+    "donut_swin": Example(
+        "DonutSwinModel",
+        lambda: hf.DonutSwinConfig(
+            image_size=16, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4
+        ),
+        image,
+        EAGER,
+    ),
+    "maskformer_swin": Example(
+        "MaskFormerSwinModel",
+        lambda: hf.MaskFormerSwinConfig(
+            image_size=16, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4
+        ),
+        image,
+        EAGER,
+    ),
+    "cvt": Example(
+        "CvtModel",
+        lambda: hf.CvtConfig(
+            embed_dim=[8, 16],
+            num_heads=[1, 2],
+            depth=[1, 2],
+            patch_sizes=[7, 3],
+            patch_stride=[4, 2],
+            patch_padding=[2, 1],
+            mlp_ratio=[2.0, 2.0],
+            attention_drop_rate=[0.0, 0.0],
+            drop_rate=[0.0, 0.0],
+            drop_path_rate=[0.0, 0.0],
+            qkv_bias=[True, True],
+            cls_token=[False, True],
+            qkv_projection_method=["dw_bn", "dw_bn"],
+            kernel_qkv=[3, 3],
+            padding_kv=[1, 1],
+            stride_kv=[2, 2],
+            padding_q=[1, 1],
+            stride_q=[1, 1],
+        ),
+        lambda: image(32),
+        EAGER,
+    ),
+    "pvt": Example(
+        "PvtModel",
+        lambda: hf.PvtConfig(
+            image_size=32, hidden_sizes=[8, 16, 16, 16], num_attention_heads=[1, 2, 2, 2], depths=[1, 1, 1, 1]
+        ),
+        lambda: image(32),
+        EAGER,
+    ),
+    "pvt_v2": Example(
+        "PvtV2Model",
+        lambda: hf.PvtV2Config(
+            image_size=32, hidden_sizes=[8, 16, 16, 16], num_attention_heads=[1, 2, 2, 2], depths=[1, 1, 1, 1]
+        ),
+        lambda: image(32),
+        EAGER,
+    ),
+    "segformer": Example(
+        "SegformerModel",
+        lambda: hf.SegformerConfig(hidden_sizes=[8, 16, 16, 16], num_attention_heads=[1, 2, 2, 2], depths=[1, 1, 1, 1]),
+        lambda: image(32),
+        EAGER,
+    ),
+    "glpn": Example(
+        "GLPNModel",
+        lambda: hf.GLPNConfig(hidden_sizes=[8, 16, 16, 16], num_attention_heads=[1, 2, 2, 2], depths=[1, 1, 1, 1]),
+        lambda: image(32),
+        EAGER,
+    ),
+    "levit": Example(
+        "LevitModel",
+        lambda: hf.LevitConfig(
+            image_size=64, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 3, 4], depths=[1, 1, 1], key_dim=[8, 8, 8]
+        ),
+        lambda: image(64),
+        EAGER,
+    ),
+    "mobilevit": Example(
+        "MobileViTModel",
+        lambda: hf.MobileViTConfig(
+            image_size=64,
+            hidden_sizes=[16, 24, 32],
+            neck_hidden_sizes=[8, 8, 16, 16, 16, 16, 32],
+            num_attention_heads=4,
+        ),
+        lambda: image(64),
+        EAGER,
+    ),
+    "mobilevitv2": Example(
+        "MobileViTV2Model", lambda: hf.MobileViTV2Config(image_size=64, width_multiplier=0.25), lambda: image(64), EAGER
+    ),
+    "swiftformer": Example(
+        "SwiftFormerModel",
+        lambda: hf.SwiftFormerConfig(image_size=64, depths=[1, 1, 1, 1], embed_dims=[8, 16, 16, 16]),
+        lambda: image(64),
+        EAGER,
+    ),
+    "hiera": Example(
+        "HieraModel",
+        lambda: hf.HieraConfig(
+            image_size=[32, 32],
+            patch_size=[3, 3],
+            patch_stride=[4, 4],
+            patch_padding=[1, 1],
+            embed_dim=8,
+            depths=[1, 1],
+            num_heads=[1, 2],
+            query_stride=[2, 2],
+            masked_unit_size=[2, 2],
+            masked_unit_attention=[True, False],
+            num_query_pool=1,
+        ),
+        lambda: image(32),
+        EAGER,
+    ),
+    "groupvit_vision": Example(
+        "GroupViTVisionModel",
+        lambda: hf.GroupViTVisionConfig(
+            image_size=16,
+            patch_size=4,
+            hidden_size=32,
+            num_attention_heads=4,
+            intermediate_size=37,
+            depths=[1, 1],
+            num_group_tokens=[4, 0],
+            num_output_groups=[2, 8],
+        ),
+        image,
+        EAGER,
+    ),
+    "vitdet": Example(
+        "VitDetModel",
+        lambda: hf.VitDetConfig(
+            image_size=16,
+            patch_size=4,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            window_size=2,
+            window_block_indices=[0],
+            use_relative_position_embeddings=True,
+        ),
+        image,
+        EAGER,
+    ),
+    "timesformer": Example(
+        "TimesformerModel",
+        lambda: hf.TimesformerConfig(**VISION, num_frames=2),
+        lambda: {"pixel_values": numbers(2, 2, 3, 16, 16)},
+        EAGER,
+    ),
+    "videomae": Example(
+        "VideoMAEModel",
+        lambda: hf.VideoMAEConfig(**VISION, num_frames=4),
+        lambda: {"pixel_values": numbers(2, 4, 3, 16, 16)},
+        BOTH,
+    ),
+    "yolos": Example(
+        "YolosModel", lambda: hf.YolosConfig(**(VISION | {"image_size": [16, 16]}), num_detection_tokens=3), image, BOTH
+    ),
+    "sam_vision": Example(
+        "SamVisionModel",
+        lambda: hf.SamVisionConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=4,
+            window_size=2,
+            global_attn_indexes=[1],
+            output_channels=8,
+            mlp_dim=37,
+        ),
+        image,
+        BOTH,
+    ),
+}

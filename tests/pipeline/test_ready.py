@@ -1,0 +1,92 @@
+"""Ready inputs: cut into samples and put together again, so that nothing attends to what another sample brought."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from attnscope.compatibility import EXAMPLES
+from attnscope.extraction import extract
+from attnscope.quantities import ExtractSpec
+from attnscope.ready import alike, cut_batch
+from attnscope.recording import recording
+from attnscope.samples import SampleError
+
+EXACT = ExtractSpec(encoding="exact")
+
+
+def alone(model: nn.Module, inputs: dict[str, Any]) -> list[np.ndarray]:
+    """Attention of each call, (head, query_token, key_token), of one sample that goes through the model by itself."""
+    with torch.no_grad(), recording(model) as recorded:
+        model(**inputs)
+    return [call.attention()[0].numpy() for call in recorded]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_texts_without_a_mask_are_not_padded_together(name: str) -> None:
+    model = EXAMPLES[name].build("sdpa")
+    texts = [{"input_ids": torch.arange(5, 5 + length)[None]} for length in (7, 4, 9)]
+    stored = extract(model, texts, spec=EXACT, batch_size=3).attention("text.self").values
+    for sample, text in enumerate(texts):
+        length = text["input_ids"].shape[1]
+        for layer, own in enumerate(alone(model, text)):
+            np.testing.assert_allclose(stored[sample, layer, :, :length, :length], own, atol=2e-6)
+        assert np.isnan(stored[sample, :, :, length:]).all()
+        assert np.isnan(stored[sample, :, :, :, length:]).all()
+
+
+def test_texts_with_a_mask_share_a_batch() -> None:
+    rows = [{"input_ids": torch.ones(1, n), "attention_mask": torch.ones(1, n)} for n in (4, 7, 7)]
+    assert list(alike(rows, [0, 1, 2])) == [[0, 1, 2]]
+    bare = [{"input_ids": row["input_ids"]} for row in rows]
+    assert list(alike(bare, [0, 1, 2])) == [[0], [1, 2]]
+
+
+def test_images_of_other_sizes_share_no_batch_without_a_mask() -> None:
+    rows = [{"pixel_values": torch.ones(1, 3, n, n)} for n in (8, 16)]
+    assert list(alike(rows, [0, 1])) == [[0], [1]]
+    masked = [row | {"pixel_mask": torch.ones(1, *row["pixel_values"].shape[2:])} for row in rows]
+    assert list(alike(masked, [0, 1])) == [[0, 1]]
+
+
+def test_packed_images_go_to_the_samples_whose_tokens_they_are() -> None:
+    inputs = EXAMPLES["qwen2_vl"].inputs()
+    first, second = cut_batch(inputs)
+    assert torch.equal(first["pixel_values"], inputs["pixel_values"][:16])
+    assert torch.equal(second["pixel_values"], inputs["pixel_values"][16:])
+    assert second["image_grid_thw"].tolist() == [[1, 8, 4]]
+
+
+def test_one_packed_sample_at_a_time_is_as_good_as_a_batch() -> None:
+    example = EXAMPLES["qwen2_vl"]
+    model, inputs = example.build("sdpa"), example.inputs()
+    batch = extract(model, [inputs], spec=EXACT)
+    single = extract(model, cut_batch(inputs), spec=EXACT)
+    for site in batch.sites:
+        np.testing.assert_array_equal(batch.attention(site).values, single.attention(site).values)
+
+
+def test_the_longest_text_and_the_largest_image_may_be_two_samples() -> None:
+    example = EXAMPLES["qwen2_vl"]
+    small, large = cut_batch(example.inputs())
+    longer = {
+        name: torch.cat([tensor, tensor[:, -4:]], dim=1) if tensor.ndim == 2 and len(tensor) == 1 else tensor
+        for name, tensor in small.items()
+        if name != "image_grid_thw"
+    } | {"image_grid_thw": small["image_grid_thw"]}
+    run = extract(example.build("sdpa"), [longer, large], spec=EXACT)
+    assert run.plan.streams == {"vision": 32, "joint": 17}
+
+
+def test_tensors_that_nothing_tells_apart_are_refused() -> None:
+    with pytest.raises(SampleError, match="input_ids: 2, pixel_values: 5"):
+        cut_batch({"input_ids": torch.ones(2, 4), "pixel_values": torch.ones(5, 3)})
+
+
+def test_image_tokens_that_no_image_accounts_for_are_refused() -> None:
+    inputs = EXAMPLES["qwen2_vl"].inputs()
+    inputs["mm_token_type_ids"][0, 1] = 0
+    with pytest.raises(SampleError, match="image_grid_thw"):
+        cut_batch(inputs)
