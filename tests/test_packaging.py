@@ -26,6 +26,7 @@ CORE = (
     "quantities",
     "tokens",
     "samples",
+    "object_stores",
     "stores",
     "claims",
     "attention_array",

@@ -221,6 +221,7 @@ class Run:
             for site_name, site in plan.sites.items():
                 _write_site_coordinates(root.require_group(site_name), site)
             root.require_group("outputs").attrs["conditions"] = list(plan.conditions)
+            root.require_group("analyses")
             _describe_samples(root, samples)
             header: dict[str, Any] = {
                 **attrs,
@@ -233,7 +234,7 @@ class Run:
             if fill is not None:
                 fill(cls(store, name))
             # The schema number makes it a run: it is written last, so that a run half made is not taken for one.
-            root.attrs.put({**header, "schema": SCHEMA_VERSION})
+            root.attrs.put({**header, "members": _note_members(root), "schema": SCHEMA_VERSION})
             return cls(store, name)
 
     def write_layer(self, site: str, name: str, block: range, layer: int, values: np.ndarray) -> None:
@@ -273,6 +274,7 @@ class Run:
             if path not in self._group:
                 _create_array(self._group, _ArrayPlan(path, row, (len(plan.layers), *values.shape), row.dtype), 1)
                 _write_layers(self._group[f"weights/{site}"], plan)  # type: ignore[arg-type]
+                self._group["weights"].attrs["members"] = _note_members(self._group["weights"])  # type: ignore[arg-type]
             self._array(path)[layer] = values
 
     def describe_weights(self, site: str, **attrs: str | int | float) -> None:
@@ -489,8 +491,6 @@ class Run:
     @property
     def analyses(self) -> tuple[str, ...]:
         """Names of the finished analyses."""
-        if "analyses" not in self._group:
-            return ()
         group = self._group["analyses"]
         return tuple(sorted(n for n, g in group.groups() if g.attrs.get("complete")))  # type: ignore[union-attr]
 
@@ -503,6 +503,7 @@ class Run:
         checked: dict[Hashable, object] = {name: {"compressors": _COMPRESSORS} for name in plain.variables}
         plain.to_zarr(self.store, group=group, mode="w", consolidated=False, zarr_format=3, encoding=checked)
         self._group[group].attrs["complete"] = True
+        self._group["analyses"].attrs["members"] = _note_members(self._group["analyses"])  # type: ignore[arg-type]
 
     def analysis(self, name: str) -> xr.Dataset:
         """What an analyser gave, lazily."""
@@ -551,7 +552,9 @@ class Run:
         return self._arrays[path]
 
     def _dataset(self, group: str) -> xr.Dataset:
-        return xr.open_zarr(self.store, group=group, consolidated=False, chunks=None, decode_timedelta=False)
+        found = xr.open_zarr(self.store, group=group, consolidated=False, chunks=None, decode_timedelta=False)
+        found.attrs.pop("members", None)
+        return found
 
     def _sample_coordinate(self) -> np.ndarray:
         return np.asarray(self._array("samples/id")[:]).astype(object)
@@ -633,6 +636,13 @@ def _empty_root(store: Store) -> zarr.Group:
         if key != "zarr.json" and not key.startswith(CLAIMS_FOLDER):
             delete(store, key)
     return root
+
+
+def _note_members(group: zarr.Group) -> list[str]:
+    """Write into each group below what it holds, since not every store can be listed; the names in this one."""
+    for _, child in group.groups():
+        child.attrs["members"] = _note_members(child)
+    return sorted(name for name, _ in group.members())
 
 
 def _describe_samples(root: zarr.Group, samples: Sequence[Sample]) -> None:

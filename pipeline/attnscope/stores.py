@@ -13,12 +13,10 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
+from attnscope.object_stores import StoreError, Unreachable, object_store
+
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-
-
-class StoreError(OSError):
-    """A place that can't be read or written; the message is one sentence."""
 
 
 def is_url(location: str | Path) -> bool:
@@ -27,7 +25,7 @@ def is_url(location: str | Path) -> bool:
 
 
 def open_store(location: str | Path | Store | None, read_only: bool = True) -> Store:
-    """The zarr store at a folder, a URL (`s3://`, `gs://`, `az://`, `http(s)://`), or in memory (None).
+    """The zarr store at a folder, a URL (`s3://`, `gs://`, `az://`, `http(s)://`, `memory://`), or in memory (None).
 
     Raises
     ------
@@ -39,7 +37,7 @@ def open_store(location: str | Path | Store | None, read_only: bool = True) -> S
     if isinstance(location, Store):
         return location
     if is_url(location):
-        return _object_store(str(location), read_only)
+        return object_store(str(location), read_only)
     path = Path(location)
     if path.is_file():
         raise StoreError(f"{str(location)!r} is a file, not a run folder")
@@ -51,16 +49,6 @@ def open_store(location: str | Path | Store | None, read_only: bool = True) -> S
         if not os.access(path, os.W_OK):
             raise StoreError(f"{str(location)!r} can't be written (no permission, or the file system is read-only)")
     return LocalStore(path, read_only=read_only)
-
-
-def _object_store(url: str, read_only: bool) -> Store:
-    try:
-        import obstore.store
-    except ModuleNotFoundError:
-        raise StoreError(f"opening {url!r} needs obstore; run: pip install 'attnscope[cloud]'") from None
-    from zarr.storage import ObjectStore
-
-    return ObjectStore(obstore.store.from_url(url), read_only=read_only)
 
 
 def read(store: Store, key: str) -> bytes | None:
@@ -111,3 +99,17 @@ def keys(store: Store, prefix: str) -> Iterator[str]:
 def open_group(store: Store, path: str = "", mode: str = "r") -> zarr.Group:
     """The zarr group at a path of the store."""
     return zarr.open_group(store, path=path, mode=mode, zarr_format=3, use_consolidated=False)  # type: ignore[arg-type]
+
+
+__all__ = [
+    "StoreError",
+    "Unreachable",
+    "delete",
+    "is_url",
+    "keys",
+    "open_group",
+    "open_store",
+    "read",
+    "write",
+    "write_once",
+]

