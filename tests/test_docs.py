@@ -36,6 +36,23 @@ def test_every_hook_is_documented_with_its_signature() -> None:
         assert f"`{name}({arguments})`" in page
 
 
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=4, num_attention_heads=6, intermediate_size=48, image_size=32, patch_size=8
+    )
+    model = transformers.ViTForImageClassification(config).eval()
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    names: dict[str, object] = {"model": model, "inputs": inputs, "samples": [inputs]}
+    exec(block, names)
+    assert "Relevance" in str(names["html"])
+    assert len(names["rec"]) == 4  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("page", [*sorted(DOCS.glob("*.md")), ROOT / "README.md"], ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
