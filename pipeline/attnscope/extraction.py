@@ -218,7 +218,9 @@ def _open_or_create(
     report("plan", message=f"the run will take about {_megabytes(forecast)}")
     check_space(forecast, out)
     attrs = {**_described(loaded, digest), **_target(loaded, spec, outputs)}
-    attrs |= {"samples": source, "forecast_bytes": forecast}
+    # Kept, so that a run which is resumed, perhaps with less memory free, is cut into the same batches.
+    size = batch_size or batch_that_fits(loaded, plan, spec)
+    attrs |= {"samples": source, "forecast_bytes": forecast, "batch_size": size}
     weights = partial(_write_weights, loaded, inputs) if "weights" in spec.quantities else None
     try:
         return Run.create(out, plan, spec, prepared.samples, attrs, weights)
@@ -339,7 +341,7 @@ def _extract_blocks(
 ) -> None:
     report.already(run.status)
     places = Places.of(run, spec)
-    size = batch_size or batch_that_fits(loaded, run.plan, spec)
+    size = batch_size or int(str(run.attrs["batch_size"]))
     if loaded.family.one_by_one or (places.one_by_one and loaded.family.fold is None):
         size = 1
     with Claims(run.store) as claims:
