@@ -33,6 +33,7 @@ CORE = (
     "selection",
     "questions",
     "run",
+    "tabling",
     "checking",
 )
 ANALYSIS = ("statistics", "report", "plugins", "analysis", "rendering")

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 Choice = SupportsIndex | str | slice | Sequence[SupportsIndex | str] | None
 """How to choose along one dimension; None chooses everything."""
 
+_DIMS = {
+    "head": ("head", "kv_head"),
+    "query": ("query_token", "query_kind"),
+    "key": ("key_token", "key_kind"),
+}
 _NUMBER = re.compile(r"-?\d+")
 _SLICE = re.compile(r"(-?\d*):(-?\d*)(?::(-?\d+))?")
 _PIECE_MARKS = ("##", "Ġ", "▁")
@@ -118,7 +123,9 @@ def choose(run: "Run", site: str, quantity: str, choices: Mapping[str, Choice]) 
     samples = np.atleast_1d(chosen.get("sample", np.arange(len(run.sample_ids))))
     masks = []
     for name in ("query", "key"):
-        if name in dims:
+        if dims.get(name) == f"{name}_kind":
+            chosen[f"{name}_kind"] = _kinds_chosen(choices[name], quantity)
+        elif name in dims:
             positions, mask = _tokens(run, site, name, choices[name], samples)
             chosen[dims[name]] = positions
             if mask is not None:
@@ -216,11 +223,20 @@ def _axis(run: "Run", site: str, name: str, length: int) -> _Axis:
 
 
 def _dim_of(name: str, array: xr.DataArray, quantity: str) -> str:
-    dims = {"head": ("head", "kv_head"), "query": ("query_token",), "key": ("key_token",)}.get(name, (name,))
+    dims = _DIMS.get(name, (name,))
     for dim in dims:
         if dim in array.dims:
             return dim
     raise SelectionError(f"{quantity!r} has no {name} to choose; its dimensions are {', '.join(map(str, array.dims))}")
+
+
+def _kinds_chosen(choice: Choice, quantity: str) -> int | np.ndarray:
+    """Codes of kinds of tokens: one number for one kind, an array for several."""
+    pieces = [p.strip() for p in choice.split(",")] if isinstance(choice, str) else choice
+    if not isinstance(pieces, Sequence) or not all(piece in KIND_CODES for piece in pieces):
+        raise SelectionError(f"{quantity!r} is by kind of token, got {_shown(choice)}; kinds are {', '.join(KINDS)}")
+    codes = [KIND_CODES[str(piece)] for piece in pieces]
+    return codes[0] if isinstance(choice, str) and len(codes) == 1 else np.array(codes)
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------

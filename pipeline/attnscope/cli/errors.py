@@ -14,6 +14,7 @@ DATA_AT_FAULT, COMMAND_AT_FAULT, INTERRUPTED = 1, 2, 130
 # Errors of ours that blame the data; all others blame the command.
 _BLAME_DATA = frozenset({"SampleError", "DataFault"})
 _EXTRA_OF = {
+    "duckdb": "sql",
     "matplotlib": "report",
     "obstore": "cloud",
     "PIL": "extract",

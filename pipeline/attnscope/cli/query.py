@@ -1,7 +1,7 @@
 """`attnscope query`: values of a run, chosen by name, as a table or for other programs."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
     from attnscope.cli.tables import Columns
     from attnscope.run import Run
-    from attnscope.selection import Selection
+    from attnscope.selection import Choice, Selection
 
 FORMATS = ("table", "csv", "json", "parquet", "npy")
 _BINARY = ("parquet", "npy")
 _DIMS = {"query": "query_token", "key": "key_token"}
+STATS = {"entropy": "entropy", "mass": "kind_mass", "max": "kind_max"}
 _REDUCIBLE = click.Choice(["sample", "layer", "head", "kv_head", "query", "key", "channel"])
 
 
@@ -33,6 +34,7 @@ _REDUCIBLE = click.Choice(["sample", "layer", "head", "kv_head", "query", "key",
 @click.option("--key", help="Key tokens.")
 @click.option("--sum", "sums", multiple=True, type=_REDUCIBLE, help="Sum over a dimension, before any mean.")
 @click.option("--mean", "means", multiple=True, type=_REDUCIBLE, help="Average over a dimension.")
+@click.option("--stat", type=click.Choice(list(STATS)), help="Summaries in place of the values, see below.")
 @click.option("--top", type=click.IntRange(min=1), metavar="K", help="Only the K largest values, largest first.")
 @click.option("--rows", type=click.IntRange(min=1), default=40, show_default=True, help="Rows of a table at most.")
 @click.option("--format", "form", type=click.Choice(FORMATS), help="Default: what --out ends in, else table.")
@@ -42,6 +44,7 @@ def query(
     site: str | None,
     sums: Sequence[str],
     means: Sequence[str],
+    stat: str | None,
     top: int | None,
     rows: int,
     form: str | None,
@@ -52,19 +55,31 @@ def query(
 
     SITE is a kind of attention, such as vision.self, and QUANTITY another quantity of it than attention. Without a
     SITE the command lists what the run holds.
+
+    With --stat, which reads no attention: entropy (nats, mean over the chosen queries, by head), mass (what keys of a
+    kind get together, mean over the queries of a kind), or max (the largest weight between them).
     """
     from attnscope.run import open_run
     from attnscope.selection import choose
 
-    form = _format(form, out)
+    form = format_of(form, out)
     opened = open_run(run)
     if site is None:
-        _write_text(listing(opened) + "\n", out)
+        write_text(listing(opened) + "\n", out)
         return
     name, _, quantity = site.partition("/")
-    selection = choose(opened, name, quantity or "attention", choices)
-    answer = Answer(selection, f"{name}/{quantity or 'attention'}", tuple(sums), tuple(means))
+    if stat is not None:
+        if quantity:
+            raise click.UsageError(f"--stat {stat} is of the attention: name the site alone, {name!r}")
+        quantity = STATS[stat]
+    quantity = quantity or "attention"
+    selection = choose(opened, name, quantity, choices)
+    if stat == "entropy" and "query_token" in selection.array.dims and "query" not in means:
+        means = (*means, "query")
+    answer = Answer(selection, f"{name}/{quantity}", tuple(sums), tuple(means))
     answer.check_reductions()
+    if top is not None and quantity == "attention" and not sums and not means:
+        answer = Strongest(opened, name, top, choices)
     _write(answer, form, out, top, rows)
 
 
@@ -126,6 +141,16 @@ class Answer:
         return values
 
 
+class Strongest(Answer):
+    """The largest attention weights of a choice, found from the strongest keys of each query where these settle it."""
+
+    def __init__(self, run: "Run", site: str, count: int, choices: "Mapping[str, Choice]") -> None:
+        from attnscope.questions import strongest_edges
+        from attnscope.selection import Selection
+
+        super().__init__(Selection(strongest_edges(run, site, count, choices)), f"{site}/attention", (), ())
+
+
 def listing(run: "Run") -> str:
     """What a run holds, for reading."""
     from attnscope.cli.tables import aligned
@@ -176,7 +201,8 @@ def _range_words(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _format(form: str | None, out: Path | None) -> str:
+def format_of(form: str | None, out: Path | None) -> str:
+    """The format that was asked for, or that the name of the file implies."""
     ending = out.suffix.removeprefix(".") if out is not None else ""
     form = form or (ending if ending in FORMATS else "table")
     if form == "parquet" and out is None:
@@ -200,7 +226,7 @@ def _write(answer: Answer, form: str, out: Path | None, top: int | None, rows: i
         assert out is not None
         tables.write_parquet(pieces, answer.about, out)
     elif form == "table":
-        _write_text(_table(answer, pieces, top, rows) + "\n", out)
+        write_text(_table(answer, pieces, top, rows) + "\n", out)
     else:
         with click.open_file(str(out or "-"), "w", encoding="utf-8") as text:
             if form == "csv":
@@ -225,7 +251,8 @@ def _table(answer: Answer, pieces: "Iterator[Columns]", top: int | None, rows: i
     return "\n".join(lines)
 
 
-def _write_text(text: str, out: Path | None) -> None:
+def write_text(text: str, out: Path | None) -> None:
+    """Write to a file, or to stdout."""
     with click.open_file(str(out or "-"), "w", encoding="utf-8") as file:
         file.write(text)
 

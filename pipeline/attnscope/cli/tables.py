@@ -14,6 +14,9 @@ from attnscope.tokens import KINDS
 Columns = dict[str, np.ndarray]
 """Columns of equal length by name; the last one holds the values."""
 
+ALONG = ("edge", "case")
+"""Dimensions that only count what was found; their coordinates say it."""
+
 _TOKEN_PARTS = ("kind", "text", "row", "column")
 _WRITE_ROWS = 2**16
 
@@ -30,6 +33,8 @@ def columns_of(values: xr.DataArray, name: str) -> Columns:
             columns[label] = _column(values.coords[label], at, count)
     for side in ("query", "key"):
         if f"{side}_token" not in values.coords:
+            if f"{side}_kind" in values.coords:
+                columns[f"{side}_kind"] = _column(values.coords[f"{side}_kind"], at, count)
             continue
         columns[f"{side}_token"] = _column(values.coords[f"{side}_token"], at, count)
         for part in _TOKEN_PARTS:
@@ -38,7 +43,7 @@ def columns_of(values: xr.DataArray, name: str) -> Columns:
         if f"{side}_kind" in columns:
             columns[f"{side}_kind"] = np.array(KINDS, object)[columns[f"{side}_kind"]]
     for dim in map(str, values.dims):
-        if dim not in columns:
+        if dim not in (*columns, *ALONG):
             columns[dim] = at[dim]
     columns[name] = loaded[there]
     return columns
@@ -96,6 +101,12 @@ def text_table(columns: Columns) -> str:
     return "\n".join(_lines(shown, right))
 
 
+def plain_table(columns: Columns) -> str:
+    """An aligned table of the columns as they are."""
+    right = {name for name, column in columns.items() if column.dtype.kind in "iuf"}
+    return "\n".join(_lines({name: [_words(v) for v in column.tolist()] for name, column in columns.items()}, right))
+
+
 def _lines(shown: Mapping[str, Sequence[str]], right: set[str]) -> Iterator[str]:
     widths = {name: max([len(name), *map(len, cells)]) for name, cells in shown.items()}
 
@@ -120,7 +131,7 @@ def _token_words(columns: Columns, side: str, row: int) -> str:
 
 
 def _words(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def aligned(rows: Sequence[dict[str, object]]) -> str:
@@ -192,6 +203,8 @@ def _parts(columns: Columns) -> Iterator[Columns]:
 
 def _texts(column: np.ndarray) -> list[str]:
     # Shortest text that gives the same float32 back; as a Python float it would have digits that mean nothing.
+    if column.dtype == object:
+        return ["" if value is None else str(value) for value in column]
     return column.astype(str).tolist()
 
 
