@@ -1,7 +1,7 @@
 """Checking a run: every chunk is read and decoded, and what the marks claim is held against what is there.
 
-Chunks carry checksums, so that a changed byte can't decode; a chunk that is gone reads as the fill value, which is
-found where an extracted sample has no values.
+Chunks carry checksums, so that a changed byte can't decode; a chunk that is gone is missed, since all are written but
+those of masks. Metadata is held against the plan that the run was made by.
 """
 
 import itertools
@@ -18,8 +18,8 @@ from zarr.storage import LocalStore
 
 from attnscope.attention_array import to_float32
 from attnscope.quantities import RULES, SITE_QUANTITIES, ExtractSpec
-from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, Run
-from attnscope.stores import open_group
+from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, WHOLE_RUN, Run, planned_arrays
+from attnscope.stores import StoreError, keys, open_group
 from attnscope.tokens import KIND_CODES
 
 Region = tuple[slice, ...]
@@ -34,6 +34,8 @@ _COMPUTED_TOLERANCE = 1e-4
 _HALF_STEP = 2.0**-25
 _CODE_STEP = 0.25 / 255**2
 _NAMED_AT_MOST = 6
+# What is absent where it says nothing, and the marks, whose absence is what they say.
+_SPARSE = frozenset({"mask", "status"})
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ def check_run(run: Run, listener: Listener | None = None) -> CheckReport:
     `listener` is told the number of chunks done, and of all.
     """
     faults: list[Fault] = []
-    arrays = _arrays(run, faults)
-    misshapen = list(_misshapen(run, arrays))
+    present = _present(run)
+    arrays = _arrays(run, present, faults)
+    misshapen = list(_misshapen(run, arrays)) or list(_edited(run, arrays))
     faults += misshapen
     arrays = {path: array for path, array in arrays.items() if path not in {fault.place for fault in misshapen}}
     status = _read_whole(arrays, "samples/status")
@@ -78,11 +81,14 @@ def check_run(run: Run, listener: Listener | None = None) -> CheckReport:
     for path, array in arrays.items():
         look = _look(run, arrays, path, status)
         for region in _regions(array):
-            faults += _checked(path, array, region, look)
+            found = list(_checked(path, array, region, look))
+            if not found and present is not None:
+                found = list(_lost(path, array, region, present, status))
+            faults += found
             done += 1
             if listener is not None:
                 listener(done, total)
-    faults += _absent(run, arrays)
+    faults += _absent(run, arrays, present)
     if not faults:
         faults += _computed_rows(run)
     marks = status if status is not None else np.array([], np.uint8)
@@ -103,10 +109,18 @@ def check_run(run: Run, listener: Listener | None = None) -> CheckReport:
 # -- what there is -----------------------------------------------------------------------------------------------------
 
 
-def _arrays(run: Run, faults: list[Fault]) -> dict[str, zarr.Array]:
+def _present(run: Run) -> frozenset[str] | None:
+    """Names of all stored objects; None in a store that can't be listed."""
+    try:
+        return frozenset(keys(run.store, ""))
+    except StoreError:
+        return None
+
+
+def _arrays(run: Run, present: frozenset[str] | None, faults: list[Fault]) -> dict[str, zarr.Array]:
     """Every array of the run by path; one whose metadata can't be read is a fault."""
     found = {}
-    for path in _paths(run):
+    for path in _paths(run, present):
         try:
             array = open_group(run.store)[path]
         except Exception as error:
@@ -117,12 +131,11 @@ def _arrays(run: Run, faults: list[Fault]) -> dict[str, zarr.Array]:
     return found
 
 
-def _paths(run: Run) -> list[str]:
-    """Paths of everything that has metadata; in a store that can't list, of what the plan of the run names."""
-    if isinstance(run.store, LocalStore):
-        root = Path(run.store.root)
-        return sorted(p.parent.relative_to(root).as_posix() for p in root.rglob("zarr.json") if p.parent != root)
-    return sorted(path for path, _ in open_group(run.store).members(max_depth=None))
+def _paths(run: Run, present: frozenset[str] | None) -> list[str]:
+    """Paths of everything that has metadata."""
+    if present is None:
+        return sorted(path for path, _ in open_group(run.store).members(max_depth=None))
+    return sorted(key.removesuffix("/zarr.json") for key in present if key.endswith("/zarr.json"))
 
 
 def _expected(run: Run) -> Iterator[str]:
@@ -138,8 +151,8 @@ def _expected(run: Run) -> Iterator[str]:
             yield f"{site}/{name}"
 
 
-def _absent(run: Run, arrays: dict[str, zarr.Array]) -> Iterator[Fault]:
-    known = set(_paths(run))
+def _absent(run: Run, arrays: dict[str, zarr.Array], present: frozenset[str] | None) -> Iterator[Fault]:
+    known = set(_paths(run, present))
     for path in _expected(run):
         if path not in arrays and path not in known:
             yield Fault(path, "is gone: the run was made with it, and it is not there")
@@ -153,6 +166,28 @@ def _misshapen(run: Run, arrays: dict[str, zarr.Array]) -> Iterator[Fault]:
         for name, length in zip(array.metadata.dimension_names or (), array.shape, strict=False):  # type: ignore[union-attr]
             if sizes.get(str(name), length) != length:
                 yield Fault(path, f"has {length} along {name} where the run has {sizes[str(name)]}")
+
+
+def _edited(run: Run, arrays: dict[str, zarr.Array]) -> Iterator[Fault]:
+    """Arrays that are not stored as a run of this plan stores them."""
+    counts = [arrays[path].shape[0] for path in ("samples/id", "samples/status") if path in arrays]
+    if not counts:
+        return
+    for path, planned in planned_arrays(run.plan, run.spec, counts[0]).items():
+        if path not in arrays:
+            continue
+        mine, theirs = _storage(arrays[path]), _storage(planned)
+        changed = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+        if changed:
+            yield Fault(path, f"has another {' and '.join(changed)} than the run was planned with")
+
+
+def _storage(array: zarr.Array) -> dict[str, str]:
+    """How an array is stored, by the names of its metadata; wording aside."""
+    found = dict(array.metadata.to_dict())
+    attributes = found.pop("attributes", {})
+    found |= {name: value for name, value in attributes.items() if name.startswith(("flag_", "encoded"))}  # type: ignore[union-attr]
+    return {name: repr(value) for name, value in found.items()}
 
 
 def _sizes(run: Run, group: str) -> dict[str, int]:
@@ -196,15 +231,39 @@ def _checked(path: str, array: zarr.Array, region: Region, look: Look | None) ->
         yield from look(region, values)
 
 
+def _lost(
+    path: str, array: zarr.Array, region: Region, present: frozenset[str], status: np.ndarray | None
+) -> Iterator[Fault]:
+    """A chunk that isn't there, though its value alone, the fill value, might be right."""
+    group, _, name = path.rpartition("/")
+    written = array.shards or array.chunks
+    place = array.metadata.encode_chunk_key(tuple(p.start // n for p, n in zip(region, written, strict=True)))
+    if f"{path}/{place}" in present or name in _SPARSE or status is None:
+        return
+    samples = _samples(array, region)
+    if samples and name not in WHOLE_RUN:
+        wanted = (EXTRACTED,) if group and name in SITE_QUANTITIES else (EXTRACTED, LEFT_OUT)
+        samples = tuple(at for at in samples if status[at] in wanted)
+        if not samples:
+            return
+    yield Fault(path, f"lacks a chunk that was written{_where(array, region)}", samples)
+
+
+def _samples(array: zarr.Array, region: Region) -> tuple[int, ...]:
+    """The samples that a part of an array tells of; none where it isn't by sample."""
+    for name, span in zip(array.metadata.dimension_names or (), region, strict=False):  # type: ignore[union-attr]
+        if name == "sample":
+            return tuple(range(span.start, span.stop))
+    return ()
+
+
 def _unreadable(path: str, array: zarr.Array, region: Region, error: Exception) -> Iterator[Fault]:
     """One fault for each unreadable chunk of a region; for the region where its index itself is broken."""
-    by_sample = bool(array.metadata.dimension_names) and array.metadata.dimension_names[0] == "sample"  # type: ignore[union-attr, index]
     broken = [(region, error)]
     if array.shards is not None:
         broken = list(_broken_chunks(array, region)) or broken
     for part, reason in broken:
-        samples = tuple(range(part[0].start, part[0].stop)) if by_sample else ()
-        yield Fault(path, f"can't be decoded{_where(array, part)} ({_one_line(reason)})", samples)
+        yield Fault(path, f"can't be decoded{_where(array, part)} ({_one_line(reason)})", _samples(array, part))
 
 
 def _broken_chunks(array: zarr.Array, region: Region) -> Iterator[tuple[Region, Exception]]:

@@ -22,6 +22,7 @@ import zarr
 import zarr.codecs
 from xarray.core import indexing
 from zarr.abc.store import Store
+from zarr.storage import MemoryStore
 
 from attnscope.attention_array import (
     ATTENTION_OF_CODE,
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
 
 MISSING, EXTRACTED, LEFT_OUT = 0, 1, 2
 THUMBNAIL_PIXELS = 224
+WHOLE_RUN = frozenset({"id", "text", "regions"})
+"""What is known of all samples before the first is extracted."""
 _CHUNK_BYTES = 2**20
 _UNIT_BYTES = 2**27
 _UNIT_LIMIT = 64
@@ -222,7 +225,6 @@ class Run:
                 _write_site_coordinates(root.require_group(site_name), site)
             root.require_group("outputs").attrs["conditions"] = list(plan.conditions)
             root.require_group("analyses")
-            _describe_samples(root, samples)
             header: dict[str, Any] = {
                 **attrs,
                 "plan": _plan_to_attrs(plan),
@@ -231,11 +233,19 @@ class Run:
                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             }
             root.attrs.put({**header, **_MAKING})
+            begun = cls(store, name)
+            begun.describe(samples)
             if fill is not None:
-                fill(cls(store, name))
+                fill(begun)
             # The schema number makes it a run: it is written last, so that a run half made is not taken for one.
             root.attrs.put({**header, "members": _note_members(root), "schema": SCHEMA_VERSION})
             return cls(store, name)
+
+    def describe(self, samples: Sequence[Sample]) -> None:
+        """Write the ids, texts and regions of all samples."""
+        self._array("samples/id")[:] = _strings(s.id for s in samples)
+        self._array("samples/text")[:] = _strings(s.text or "" for s in samples)
+        self._array("samples/regions")[:] = _strings(json.dumps([asdict(r) for r in s.regions]) for s in samples)
 
     def write_layer(self, site: str, name: str, block: range, layer: int, values: np.ndarray) -> None:
         """Write one quantity of one layer (a position, not a number) for a whole block; values are (sample, ...)."""
@@ -501,7 +511,15 @@ class Run:
         group = f"analyses/{name}"
         plain = _without_text_dtypes(result)
         checked: dict[Hashable, object] = {name: {"compressors": _COMPRESSORS} for name in plain.variables}
-        plain.to_zarr(self.store, group=group, mode="w", consolidated=False, zarr_format=3, encoding=checked)
+        plain.to_zarr(
+            self.store,
+            group=group,
+            mode="w",
+            consolidated=False,
+            zarr_format=3,
+            encoding=checked,
+            write_empty_chunks=True,
+        )
         self._group[group].attrs["complete"] = True
         self._group["analyses"].attrs["members"] = _note_members(self._group["analyses"])  # type: ignore[arg-type]
 
@@ -616,17 +634,23 @@ def versions() -> dict[str, str]:
 
 def _check_free(store: Store, location: str) -> None:
     """Raise unless a run can be made here: where there is nothing, or what a maker that was killed left."""
+    attrs = _root_attrs(store)
+    if attrs is None:
+        if all(key.startswith(CLAIMS_FOLDER) or key.endswith(".partial") for key in keys(store, "")):
+            return
+        # Another process may just have begun: the root is the first thing that it writes.
+        attrs = _root_attrs(store)
+    if attrs is not None and "schema" in attrs:
+        raise RunStands(f"{location!r} already holds a run; open it, or choose another place")
+    if attrs is None or not set(_MAKING) <= set(attrs):
+        raise RunError(f"{location!r} is not empty and holds no run; choose another place")
+
+
+def _root_attrs(store: Store) -> Mapping[str, object] | None:
     try:
-        attrs = open_group(store).attrs
+        return open_group(store).attrs
     except (FileNotFoundError, KeyError, ValueError):
-        if all(key.startswith(CLAIMS_FOLDER) for key in keys(store, "")):
-            return
-    else:
-        if "schema" in attrs:
-            raise RunStands(f"{location!r} already holds a run; open it, or choose another place")
-        if set(_MAKING) <= set(attrs):
-            return
-    raise RunError(f"{location!r} is not empty and holds no run; choose another place")
+        return None
 
 
 def _empty_root(store: Store) -> zarr.Group:
@@ -645,11 +669,12 @@ def _note_members(group: zarr.Group) -> list[str]:
     return sorted(name for name, _ in group.members())
 
 
-def _describe_samples(root: zarr.Group, samples: Sequence[Sample]) -> None:
-    described = root["samples"]
-    described["id"][:] = _strings(s.id for s in samples)  # type: ignore[index]
-    described["text"][:] = _strings(s.text or "" for s in samples)  # type: ignore[index]
-    described["regions"][:] = _strings(json.dumps([asdict(r) for r in s.regions]) for s in samples)  # type: ignore[index]
+def planned_arrays(plan: RunPlan, spec: ExtractSpec, samples: int) -> dict[str, zarr.Array]:
+    """The arrays of a new run of this plan by path, weights aside: how they are to be stored, in memory and empty."""
+    root = zarr.create_group(MemoryStore())
+    for array in _arrays_of(plan, spec, samples):
+        _create_array(root, array, plan.unit)
+    return {path: array for path, array in root.members(max_depth=None) if isinstance(array, zarr.Array)}
 
 
 @dataclass(frozen=True)
@@ -729,7 +754,7 @@ def _chunks(
     """Chunk near 1 MiB; shard of a whole block, and of one layer where layers are written one by one."""
     block = [min(unit, n) if d == "sample" else 1 if d == "layer" else n for d, n in zip(row.dims, shape, strict=True)]
     layers = shape[1] if row.group == "site" and row.name in SUMMARIES else 1
-    if row.name == "id" or (row.group == "samples" and row.name in ("text", "regions")):
+    if row.group == "samples" and row.name in WHOLE_RUN:
         block[0] = min(shape[0], 2**16)
     chunk = list(block)
     for axis in (row.dims.index(d) for d in ("sample", "head", "kv_head") if d in row.dims):

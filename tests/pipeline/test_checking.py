@@ -1,10 +1,12 @@
 """A check finds what is broken in a run, and names it; and it finds nothing in a sound one."""
 
+import json
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 import zarr
 
 from attnscope.checking import check_run
@@ -101,6 +103,11 @@ def test_rows_of_factored_attention_are_summed_too(tiny_bert: Path, captioned_im
     [
         (("vision.self/attention/zarr.json", None), "vision.self/attention is gone"),
         (("vision.self/attention/zarr.json", b"{"), "vision.self/attention has metadata that can't be read"),
+        (("vision/row/c/0/0", None), 'vision/row lacks a chunk that was written: sample "sample-0", "sample-1"'),
+        (("samples/reason/c/1", None), 'samples/reason lacks a chunk that was written: sample "sample-2"'),
+        (("samples/text/c/0", None), "samples/text lacks a chunk that was written"),
+        (("outputs/score/c/0/1", b"x"), "outputs/score can't be decoded"),
+        (("outputs/score/c/0/1", None), 'outputs/score lacks a chunk that was written: sample "sample-2"'),
         (("vision/kind/c/0/0", None), "vision/kind knows no tokens, though marked as extracted"),
         (("vision.self/query_valid/c/0/0/0", None), "vision.self/query_valid marks no query row as valid in layer 0"),
         (("vision.self/layer/c/0", None), "vision.self/layer holds other numbers than the run was planned with"),
@@ -121,6 +128,29 @@ def test_each_kind_of_damage_has_its_sentence(folder: Path, damage: tuple[str, b
 def test_an_array_of_another_size_is_found(folder: Path) -> None:
     zarr.open_array(folder / "vision.self/attention").resize((3, 2, 2, 10, 9))
     assert sentences(folder)[0] == "vision.self/attention has 9 along key_token where the run has 10"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "changed"),
+    [
+        ("fill_value", 0.0, "fill_value"),
+        ("data_type", "float64", "data_type"),
+        ("codecs", [{"name": "bytes"}], "codecs"),
+    ],
+)
+def test_edited_metadata_is_found(folder: Path, name: str, value: object, changed: str) -> None:
+    path = folder / "vision.self/attention/zarr.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    (told,) = [sentence for sentence in sentences(folder) if "attention " in sentence]
+    assert told == f"vision.self/attention has another {changed} than the run was planned with"
+
+
+def test_a_lost_chunk_of_an_analysis_is_found(folder: Path) -> None:
+    zeros = xr.Dataset({"none": ("layer", np.zeros(3), {"long_name": "nothing", "units": "1"})})
+    open_run(folder, read_only=False).save_analysis("nothing", zeros)
+    assert sentences(folder) == []
+    (folder / "analyses/nothing/none/c/0").unlink()
+    assert sentences(folder) == ["analyses/nothing/none lacks a chunk that was written"]
 
 
 def test_half_written_files_are_counted(folder: Path) -> None:
