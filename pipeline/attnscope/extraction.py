@@ -20,7 +20,7 @@ from attnscope.analysis import requirements
 from attnscope.batching import batch_that_fits, is_out_of_memory
 from attnscope.capturing import Places, Taker
 from attnscope.claims import POLL, Claims
-from attnscope.families import Inputs
+from attnscope.families import GENERIC, Inputs
 from attnscope.families.layouts import DEFAULT_LAYOUTS
 from attnscope.families.weights import projections
 from attnscope.loading import LoadedModel, load_model
@@ -344,6 +344,8 @@ def _extract_blocks(
     size = batch_size or int(str(run.attrs["batch_size"]))
     if loaded.family.one_by_one or (places.one_by_one and loaded.family.fold is None):
         size = 1
+    elif size > 1 and loaded.family is GENERIC and run.missing():
+        size = size if _keeps_batch(loaded, places, _probe_inputs(loaded, prepared, ready)) else 1
     with Claims(run.store) as claims:
         claims.remove_partial_files()
         writer = BlockWriter()
@@ -359,6 +361,22 @@ def _extract_blocks(
     # Others may have done a part of it.
     report.already(run.status)
     report("done")
+
+
+def _keeps_batch(loaded: LoadedModel, places: Places, inputs: Inputs) -> bool:
+    """Whether calls over two samples are over a batch of two, as a model that packs its images doesn't have it."""
+    batches = []
+
+    def look(call: AttentionCall) -> None:
+        if places.find(call) is not None:
+            batches.append(call.shape[0])
+
+    try:
+        with torch.no_grad(), recording(loaded.model, on_call=look, audit=False):
+            run_model(loaded, collated([inputs, inputs]))
+    except RecordingError:
+        return False
+    return set(batches) <= {2}
 
 
 def _extract_within_memory(job: _Job, block: range, report: "_Reporter") -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """What extraction stores of a batch, against what recording gives of the same batch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from torch import nn
@@ -11,7 +11,7 @@ from attnscope.compatibility.witness import forward
 from attnscope.extraction import extract
 from attnscope.quantities import ExtractSpec
 from attnscope.ready import collated, cut_batch
-from attnscope.recording import AttentionCall, recording
+from attnscope.recording import AttentionCall, Recording, recording
 from attnscope.run import Run, SitePlan
 
 SPEC = ExtractSpec(encoding="exact")
@@ -30,11 +30,13 @@ def stored_error(run: Run, model: nn.Module, inputs: Inputs) -> float:
     places = Places.of(run, SPEC)
     values = {site: run.attention(site).values for site in run.sites}
     samples = cut_batch(inputs)
-    batches = [[i] for i in range(len(samples))] if places.one_by_one else [list(range(len(samples)))]
+    together = _recorded(model, samples)
+    if places.one_by_one or any(call.shape[0] != len(samples) for call in together):
+        batches = [([i], _recorded(model, [sample], seed=i)) for i, sample in enumerate(samples)]
+    else:
+        batches = [(list(range(len(samples))), together)]
     errors = [0.0]
-    for rows in batches:
-        with recording(model) as recorded:
-            forward(model, collated([samples[i] for i in rows]), seed=rows[0])
+    for rows, recorded in batches:
         parts: dict[tuple[str, int], list[np.ndarray]] = {}
         for call in recorded:
             place = places.find(call)
@@ -47,6 +49,12 @@ def stored_error(run: Run, model: nn.Module, inputs: Inputs) -> float:
         for (site, layer), found in parts.items():
             errors.append(_parts_error(values[site][rows, layer], np.concatenate(found)))
     return max(errors)
+
+
+def _recorded(model: nn.Module, samples: Sequence[Inputs], seed: int = 0) -> Recording:
+    with recording(model) as rec:
+        forward(model, collated(samples), seed=seed)
+    return rec
 
 
 def _whole_error(stored: np.ndarray, call: AttentionCall) -> float:

@@ -1,4 +1,4 @@
-"""Models that read several modalities, or sound."""
+"""Models that read several modalities, sound, or plain numbers."""
 
 from typing import Any
 
@@ -18,6 +18,28 @@ from attnscope.compatibility.examples import (
     numbers,
     text,
 )
+
+CONVOLUTIONS = {
+    **{"conv_dim": (8, 8), "conv_stride": (4, 4), "conv_kernel": (8, 4), "num_feat_extract_layers": 2},
+    **{"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
+}
+
+
+def padded_sound() -> Inputs:
+    """Two sounds of 400 and 250 samples."""
+    mask = torch.ones(2, 400, dtype=torch.long)
+    mask[1, 250:] = 0
+    return {"input_values": numbers(2, 400), "attention_mask": mask}
+
+
+def padded_prompt(tokens: int) -> Inputs:
+    """So many image tokens before nine of text, the second sample's last three of them padding."""
+    words = text()
+    images = torch.full((2, tokens), 95)
+    return {
+        "input_ids": torch.cat([images, words["input_ids"]], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(images), words["attention_mask"]], dim=1),
+    }
 
 
 def _two_towers(config: Any, **extra: Any) -> Any:
@@ -64,7 +86,7 @@ EXAMPLES: dict[str, Example] = {
             num_conv_pos_embeddings=16,
             num_conv_pos_embedding_groups=4,
         ),
-        lambda: {"input_values": numbers(2, 400)},
+        padded_sound,
         BOTH,
     ),
     "speecht5": Example(
@@ -256,6 +278,100 @@ EXAMPLES: dict[str, Example] = {
             image_token_index=95,
         ),
         lambda: {"input_ids": torch.tensor([[95] * 4 + [5, 6, 7]] * 2), "pixel_values": numbers(2, 3, 16, 16)},
+        BOTH,
+    ),
+    "hubert": Example("HubertModel", lambda: hf.HubertConfig(**TEXT, **CONVOLUTIONS), padded_sound, BOTH),
+    "wavlm": Example("WavLMModel", lambda: hf.WavLMConfig(**TEXT, **CONVOLUTIONS), padded_sound, EAGER),
+    "sew": Example("SEWModel", lambda: hf.SEWConfig(**TEXT, **CONVOLUTIONS, squeeze_factor=2), padded_sound, EAGER),
+    "ast": Example(
+        "ASTModel",
+        lambda: hf.ASTConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=37,
+            patch_size=4,
+            max_length=16,
+            num_mel_bins=16,
+            frequency_stride=4,
+            time_stride=4,
+        ),
+        lambda: {"input_values": numbers(2, 16, 16)},
+        BOTH,
+    ),
+    "clap_audio": Example(
+        "ClapAudioModel",
+        lambda: hf.ClapAudioConfig(
+            window_size=4,
+            num_mel_bins=16,
+            spec_size=32,
+            patch_size=4,
+            patch_stride=[4, 4],
+            patch_embeds_hidden_size=8,
+            hidden_size=32,
+            depths=[1, 1],
+            num_attention_heads=[2, 2],
+            num_hidden_layers=2,
+            num_classes=3,
+            patch_embed_input_channels=1,
+        ),
+        lambda: {"input_features": numbers(2, 1, 64, 16)},
+        EAGER,
+    ),
+    "patchtst": Example(
+        "PatchTSTModel",
+        lambda: hf.PatchTSTConfig(
+            num_input_channels=2,
+            context_length=16,
+            patch_length=4,
+            patch_stride=4,
+            d_model=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=37,
+        ),
+        lambda: {"past_values": numbers(2, 16, 2)},
+        BOTH,
+    ),
+    "decision_transformer": Example(
+        "DecisionTransformerModel",
+        lambda: hf.DecisionTransformerConfig(
+            state_dim=5, act_dim=3, hidden_size=32, n_layer=2, n_head=4, max_ep_len=20
+        ),
+        lambda: {
+            "states": numbers(2, 4, 5),
+            "actions": numbers(2, 4, 3),
+            "rewards": numbers(2, 4, 1),
+            "returns_to_go": numbers(2, 4, 1),
+            "timesteps": torch.arange(4).repeat(2, 1),
+            "attention_mask": torch.ones(2, 4),
+        },
+        BOTH,
+    ),
+    "aya_vision": Example(
+        "AyaVisionForConditionalGeneration",
+        lambda: hf.AyaVisionConfig(
+            text_config=GROUPED | {"model_type": "cohere2"},
+            vision_config=VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
+            image_token_id=95,
+            downsample_factor=2,
+            adapter_layer_norm_eps=1e-6,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        ),
+        lambda: padded_prompt(4) | image(),
+        BOTH,
+    ),
+    "mistral3": Example(
+        "Mistral3ForConditionalGeneration",
+        lambda: hf.Mistral3Config(
+            text_config=GROUPED | {"model_type": "mistral"},
+            vision_config=VISION | {"model_type": "pixtral", "head_dim": 8},
+            image_token_index=95,
+            vision_feature_layer=-1,
+            spatial_merge_size=2,
+        ),
+        lambda: padded_prompt(4) | image() | {"image_sizes": torch.tensor([[16, 16]] * 2)},
         BOTH,
     ),
 }

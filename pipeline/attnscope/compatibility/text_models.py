@@ -231,4 +231,81 @@ EXAMPLES: dict[str, Example] = {
     "tapas": Example("TapasModel", lambda: hf.TapasConfig(**TEXT), text, EAGER),
     "luke": Example("LukeModel", lambda: hf.LukeConfig(**TEXT, entity_vocab_size=9, entity_emb_size=16), text, EAGER),
     "xmod": Example("XmodModel", lambda: hf.XmodConfig(**TEXT, default_language="en_XX"), text, BOTH),
+    "opt": Example(
+        "OPTModel",
+        lambda: hf.OPTConfig(
+            vocab_size=99,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=37,
+            word_embed_proj_dim=32,
+            max_position_embeddings=64,
+        ),
+        text,
+        BOTH,
+    ),
+    "trocr": Example(
+        "TrOCRForCausalLM",
+        lambda: hf.TrOCRConfig(
+            vocab_size=99,
+            d_model=32,
+            decoder_layers=2,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=37,
+            max_position_embeddings=64,
+        ),
+        text,
+        EAGER,
+    ),
+    "bigbird_pegasus": Example(
+        "BigBirdPegasusModel",
+        lambda: hf.BigBirdPegasusConfig(**SEQ2SEQ, attention_type="original_full"),
+        lambda: text(16) | {"decoder_input_ids": text(5)["input_ids"]},
+        EAGER,
+    ),
+    "longt5": Example(
+        "LongT5Model",
+        lambda: hf.LongT5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, local_radius=4),
+        lambda: text(12) | {"decoder_input_ids": text(5)["input_ids"]},
+        EAGER,
+    ),
+    "fsmt": Example(
+        "FSMTModel",
+        lambda: hf.FSMTConfig(
+            langs=["a", "b"],
+            src_vocab_size=99,
+            tgt_vocab_size=99,
+            **{k: v for k, v in SEQ2SEQ.items() if k != "vocab_size"},
+        ),
+        lambda: text() | {"decoder_input_ids": text(5)["input_ids"]},
+        EAGER,
+    ),
+    "recurrent_gemma": Example(
+        "RecurrentGemmaModel",
+        lambda: hf.RecurrentGemmaConfig(
+            **(TEXT | {"num_hidden_layers": 3}), num_key_value_heads=1, lru_width=32, attention_window_size=4
+        ),
+        text,
+        EAGER,
+    ),
+    "gemma3n_text": Example(
+        "Gemma3nTextModel",
+        lambda: hf.Gemma3nTextConfig(
+            **(GROUPED | {"intermediate_size": [37, 37]}),
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=99,
+            laurel_rank=4,
+            num_kv_shared_layers=0,
+            layer_types=["full_attention", "sliding_attention"],
+            sliding_window=4,
+            altup_num_inputs=2,
+            activation_sparsity_pattern=[0.0, 0.0],
+        ),
+        text,
+        BOTH,
+    ),
+    "markuplm": Example(
+        "MarkupLMModel", lambda: hf.MarkupLMConfig(**TEXT, max_depth=4, xpath_unit_hidden_size=4), text, EAGER
+    ),
 }

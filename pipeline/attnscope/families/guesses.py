@@ -27,6 +27,7 @@ _MAIN_STREAM = {
     "input_ids": "text",
     "input_features": "audio",
     "input_values": "audio",
+    "flattened_patches": "vision",
 }
 
 
@@ -51,7 +52,11 @@ def guess_placement(call: "AttentionCall", loaded: "LoadedModel") -> tuple[str, 
 
 def main_stream(loaded: "LoadedModel") -> str:
     """The stream of a model's main input: vision, text or audio."""
-    return _MAIN_STREAM.get(str(getattr(loaded.model, "main_input_name", "")), "tokens")
+    name = str(getattr(loaded.model, "main_input_name", ""))
+    if not _takes(loaded, name):
+        # transformers says input_ids of a model whose author said nothing.
+        name = next((n for n in _MAIN_STREAM if _takes(loaded, n)), name)
+    return _MAIN_STREAM.get(name, "tokens")
 
 
 def _query_stream(words: str, loaded: "LoadedModel") -> str:

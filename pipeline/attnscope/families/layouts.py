@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from attnscope.loading import LoadedModel
 
+_PLACEHOLDERS = ("image_token_id", "image_token_index")
+_SOUND_MASKS = ("attention_mask", "feature_attention_mask", "input_features_mask", "padding_mask")
+
 
 def patch_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
     """A patch grid behind CLS and register tokens, from the size of `pixel_values` and the config's patch size."""
@@ -81,10 +84,64 @@ def guessed_patches(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: 
     return grid_layout(len(pixels), *fitting[0], ()) if len(fitting) == 1 else layout
 
 
+def guessed_patches_of_padded_images(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
+    """As `guessed_patches`; a patch whose upper left pixel `pixel_mask` hides is padding."""
+    layout = guessed_patches(inputs, loaded, tokens)
+    mask = inputs.get("pixel_mask")
+    if mask is None or mask.ndim != 3 or not (layout.row >= 0).any():
+        return layout
+    on_grid = layout.row[0] >= 0
+    rows, columns = int(layout.row.max()) + 1, int(layout.column.max()) + 1
+    height, width = mask.shape[1:]
+    at = [np.arange(count) * size // count for count, size in ((rows, height), (columns, width))]
+    seen = mask.cpu().numpy()[:, at[0][:, None], at[1][None, :]] != 0
+    return without_padding(layout, on_grid, seen[:, layout.row[0, on_grid], layout.column[0, on_grid]])
+
+
+def without_padding(layout: TokenLayout, places: np.ndarray, is_real: np.ndarray) -> TokenLayout:
+    """The layout in which the tokens at `places` (token,) are padding where they are not real (sample, place)."""
+    real = np.ones(layout.kind.shape, bool)
+    real[:, places] = is_real
+    kind = np.where(real, layout.kind, KIND_CODES["padding"])
+    return TokenLayout(
+        kind.astype(np.int8),
+        np.where(real, layout.text, ""),
+        *(np.where(real, place, -1).astype(np.int16) for place in (layout.row, layout.column)),
+    )
+
+
 def frame_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
     """Frames of sound in time order; `column` counts them."""
     kind = np.full((len(next(iter(inputs.values()))), tokens), KIND_CODES["audio"])
     return plain_layout(kind, column=np.arange(tokens))
+
+
+def guessed_frames(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
+    """As `frame_tokens`; what the mask of the sound hides is padding, by the model's own rule of lengths."""
+    layout = frame_tokens(inputs, loaded, tokens)
+    masks = (inputs.get(name) for name in _SOUND_MASKS)
+    mask = next((m for m in masks if m is not None and m.ndim == 2), None)
+    if mask is None or "input_ids" in inputs:
+        return layout
+    rules = (getattr(m, "_get_feat_extract_output_lengths", None) for m in loaded.model.modules())
+    rule = next((r for r in rules if r is not None), lambda length: length)
+    longest, lengths = (np.asarray(rule(n)) for n in (mask.shape[1], mask.sum(dim=1).cpu()))
+    if longest.ndim or lengths.shape != (len(mask),) or int(longest) != tokens:
+        return layout
+    return without_padding(layout, np.arange(tokens), np.arange(tokens) < lengths[:, None])
+
+
+def guessed_text(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
+    """As `text_tokens`; the placeholders that the config names stand for parts of an image."""
+    layout = text_tokens()(inputs, loaded, tokens)
+    placeholders = [getattr(loaded.config, name, None) for name in _PLACEHOLDERS]
+    ids = inputs.get("input_ids")
+    if ids is None or ids.shape[1] != tokens or "pixel_values" not in inputs:
+        return layout
+    is_image = np.isin(ids.cpu().numpy(), [i for i in placeholders if isinstance(i, int)])
+    is_image &= layout.kind != KIND_CODES["padding"]
+    kind = np.where(is_image, KIND_CODES["image"], layout.kind).astype(np.int8)
+    return TokenLayout(kind, np.where(is_image, "", layout.text), layout.row, layout.column)
 
 
 def query_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
@@ -101,7 +158,8 @@ def text_kinds(ids: "Tensor", mask: "Tensor | None", loaded: "LoadedModel") -> n
         kind[np.isin(numbers, tokenizer.all_special_ids)] = KIND_CODES["special"]
         if tokenizer.cls_token_id is not None:
             kind[numbers == tokenizer.cls_token_id] = KIND_CODES["cls"]
-    if mask is not None:
+    # A mask of another shape says which token sees which, not which is padding.
+    if mask is not None and mask.shape == ids.shape:
         kind[mask.cpu().numpy() == 0] = KIND_CODES["padding"]
     return kind
 
@@ -114,9 +172,9 @@ def token_strings(ids: Sequence[int], loaded: "LoadedModel") -> list[str]:
 
 
 DEFAULT_LAYOUTS: "Mapping[str, Callable[..., TokenLayout]]" = {
-    "vision": guessed_patches,
-    "text": text_tokens(),
+    "vision": guessed_patches_of_padded_images,
+    "text": guessed_text,
     "decoder": decoder_tokens,
-    "audio": frame_tokens,
+    "audio": guessed_frames,
     "queries": query_tokens,
 }

@@ -1,0 +1,79 @@
+"""Models that no family answers for: their tokens are told as far as the inputs tell, and padding is padding."""
+
+import numpy as np
+import pytest
+import torch
+
+from attnscope.compatibility import EXAMPLES
+from attnscope.extraction import extract
+from attnscope.families.layouts import DEFAULT_LAYOUTS, text_kinds
+from attnscope.loading import load_model
+from attnscope.quantities import ExtractSpec
+from attnscope.run import Run
+from attnscope.tokens import KIND_CODES
+
+EXACT = ExtractSpec(encoding="exact")
+
+
+def extracted(name: str, kernel: str = "eager") -> Run:
+    example = EXAMPLES[name]
+    return extract(example.build(kernel), [example.inputs()], spec=EXACT, batch_size=2)
+
+
+def is_padding(run: Run, stream: str) -> np.ndarray:
+    return run.tokens(stream).kind.values == KIND_CODES["padding"]
+
+
+@pytest.mark.parametrize("name", ["squeezebert", "xlnet", "tapas", "granite_swa", "layoutlmv3", "aya_vision"])
+def test_padding_of_a_guessed_text_is_what_the_mask_says(name: str) -> None:
+    run = extracted(name)
+    hidden = EXAMPLES[name].inputs()["attention_mask"].numpy() == 0
+    assert all(site.guessed for site in run.plan.sites.values())
+    np.testing.assert_array_equal(is_padding(run, "text"), hidden)
+    attention = run.attention("text.self").values
+    nothing = hidden[:, :, None] | hidden[:, None, :]
+    assert (np.isnan(attention) == nothing[:, None, None]).all()
+
+
+def test_padding_of_a_guessed_sound_is_by_the_models_own_rule_of_lengths() -> None:
+    run = extracted("hubert")
+    example = EXAMPLES["hubert"]
+    own = example.build("eager")._get_feature_vector_attention_mask(24, example.inputs()["attention_mask"])
+    np.testing.assert_array_equal(is_padding(run, "audio"), ~own.numpy().astype(bool))
+    assert is_padding(run, "audio").any()
+
+
+def test_patches_that_the_pixel_mask_hides_are_padding() -> None:
+    loaded = load_model(EXAMPLES["dpt"].build("eager"))
+    mask = torch.ones(2, 16, 16, dtype=torch.long)
+    mask[1, :, 8:] = 0
+    layout = DEFAULT_LAYOUTS["vision"]({"pixel_values": torch.ones(2, 3, 16, 16), "pixel_mask": mask}, loaded, 17)
+    hidden = layout.kind == KIND_CODES["padding"]
+    assert not hidden[0].any()
+    np.testing.assert_array_equal(hidden[1], [False, *[False, False, True, True] * 4])
+    assert (layout.column[1][hidden[1]] == -1).all()
+
+
+def test_image_tokens_among_a_guessed_text_are_image_tokens() -> None:
+    run = extracted("aya_vision")
+    kind = run.tokens("text").kind.values
+    np.testing.assert_array_equal(kind[0], [KIND_CODES["image"]] * 4 + [KIND_CODES["text"]] * 9)
+
+
+def test_a_mask_that_says_who_sees_whom_hides_no_token() -> None:
+    loaded = load_model(EXAMPLES["squeezebert"].build("eager"))
+    ids = torch.ones(2, 5, dtype=torch.long)
+    kind = text_kinds(ids, torch.zeros(2, 1, 5, 5), loaded)
+    assert (kind == KIND_CODES["text"]).all()
+
+
+def test_a_model_that_packs_its_images_into_one_row_sees_one_sample_at_a_time() -> None:
+    both = extracted("mistral3")
+    example = EXAMPLES["mistral3"]
+    one = extract(example.build("eager"), [example.inputs()], spec=EXACT, batch_size=1)
+    for site in both.sites:
+        np.testing.assert_allclose(both.attention(site).values, one.attention(site).values, atol=2e-6)
+
+
+def test_the_main_stream_of_a_model_that_takes_images_alone_is_vision() -> None:
+    assert extracted("mgp_str").sites == ("vision.self",)
