@@ -35,6 +35,7 @@ CORE = (
     "run",
     "tabling",
     "checking",
+    "repairing",
 )
 ANALYSIS = ("statistics", "report", "plugins", "analysis", "rendering")
 EMBEDDED = ("embedded",)

@@ -77,6 +77,10 @@ class Claims:
             for number in range(self._held.pop(name), -1, -1):
                 delete(self._store, _key(name, number))
 
+    def alone(self) -> bool:
+        """Whether nobody else who seems to live has claimed anything."""
+        return all(self._is_abandoned(key, content) for key, content in self._others())
+
     def clear(self) -> None:
         """Delete what others have abandoned; for when nothing is left to do, so that nobody succeeds them."""
         for key, content in self._others():
@@ -93,7 +97,7 @@ class Claims:
         root = Path(self._store.root)
         # Files first, claims after: who writes a block has claimed it before.
         found = list(root.rglob("*.partial"))
-        alone = bool(found) and all(self._is_abandoned(key, content) for key, content in self._others())
+        alone = bool(found) and self.alone()
         # Analyses are written without a claim.
         deleted = [p for p in found if (alone and root / "analyses" not in p.parents) or _is_old(p)]
         for path in deleted:

@@ -38,7 +38,7 @@ from attnscope.proving import look_at_projections
 from attnscope.quantities import ExtractSpec, union
 from attnscope.ready import alike, collated, cut_batch, largest_inputs, text_lengths
 from attnscope.recording import AttentionCall, recording
-from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, THUMBNAIL_PIXELS, Run, RunError, RunStands, open_run
+from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, THUMBNAIL_PIXELS, BrokenRun, Run, RunError, RunStands, open_run
 from attnscope.samples import Sample, SampleError, read_samples, unique_ids
 from attnscope.tokens import TokenLayout, unknown_layout
 from attnscope.writing import BlockBuffer, BlockWriter, TokenBuffer
@@ -207,6 +207,8 @@ def _open_or_create(
     existing = _existing(out)
     if existing is not None:
         _check_same(existing, spec, prepared, digest)
+        if existing.lost:
+            _mend(loaded, existing, prepared, _probe_inputs(loaded, prepared, ready))
         return existing
     inputs = _probe_inputs(loaded, prepared, ready)
     calls, outputs = probe(loaded, inputs)
@@ -231,12 +233,27 @@ def _open_or_create(
         return made
 
 
+def _mend(loaded: LoadedModel, run: Run, prepared: Prepared, inputs: Inputs) -> None:
+    """Write again what a repair found lost of the run as a whole."""
+    with Claims(run.store) as claims:
+        while not claims.take("mending"):
+            time.sleep(POLL)
+        lost = open_run(run.store).lost
+        if "weights" in lost:
+            _write_weights(loaded, inputs, run)
+        if set(lost) - {"weights"}:
+            run.describe(prepared.samples)
+        run.set_attrs(lost=[])
+
+
 def _existing(out: str | Path | Store | None) -> Run | None:
     """The run that stands at a place already; None where there is none, or one whose making was cut short."""
     if out is None:
         return None
     try:
         return open_run(out, read_only=False)
+    except BrokenRun:
+        raise
     except RunError as error:
         if "has schema" in str(error):
             raise
@@ -250,7 +267,8 @@ def _check_same(run: Run, spec: ExtractSpec, prepared: Prepared, digest: str) ->
         )
     if run.spec != spec:
         run.require(spec)
-    if run.sample_ids != [s.id for s in prepared.samples]:
+    stored, given = run.sample_ids, [s.id for s in prepared.samples]
+    if len(stored) != len(given) or any(a != b and (a or not run.lost) for a, b in zip(stored, given, strict=True)):
         raise RunError(f"{run.location} holds other samples than these; choose another place")
 
 

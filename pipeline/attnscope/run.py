@@ -52,7 +52,7 @@ from attnscope.quantities import (
 from attnscope.questions import strong_edges, strong_heads
 from attnscope.samples import Sample
 from attnscope.selection import Choice, select
-from attnscope.stores import StoreError, delete, keys, open_group, open_store
+from attnscope.stores import StoreError, delete, keys, open_group, open_store, read
 from attnscope.tokens import KINDS, TokenLayout
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ _DENSE_BOUND = {"float16": "2.5e-4", "float32": "2e-6", "uint8": "3.92e-3"}
 # The checksum of the decoded values doesn't cover the header of a zstd frame; that of the stored bytes does.
 _COMPRESSORS = (zarr.codecs.ZstdCodec(level=1, checksum=True), zarr.codecs.Crc32cCodec())
 _BFLOAT16_NAN = 0x7FC0
+_UNREADABLE = "{!r} has a zarr.json that can't be read; restore that file from a copy, or extract into another place"
 _MAKING: dict[str, Any] = {"making": "attnscope run"}
 
 
@@ -79,6 +80,10 @@ class RunError(ValueError):
 
 class RunStands(RunError):
     """There is a run at the place where one is to be made."""
+
+
+class BrokenRun(RunError):
+    """There is a run, but what it says of itself can't be read."""
 
 
 class MissingQuantity(RunError):
@@ -295,6 +300,31 @@ class Run:
         """Mark a block as done; everything of it must have been written."""
         self._array("samples/status")[block.start : block.stop] = status.astype(np.uint8)
 
+    def arrays_of_blocks(self) -> dict[str, zarr.Array]:
+        """Every array that is written block by block, by path."""
+        planned = [a for a in self._planned() if "sample" in a.row.dims]
+        return {a.path: self._array(a.path) for a in planned if a.row.group != "samples" or a.row.name not in WHOLE_RUN}
+
+    def restore(self, path: str) -> bool:
+        """Write the metadata of a group or an array again, as the plan has it; False for what it doesn't name."""
+        site, _, name = path.rpartition("/")
+        arrays = {a.path: a for a in self._planned()}
+        groups = {*self.plan.sites, *self.plan.streams, "samples", "outputs", "analyses"}
+        labels = site in self.plan.sites and name in ("layer", "head")
+        if not labels and path not in arrays.keys() | groups:
+            return False
+        delete(self.store, f"{path}/zarr.json")
+        if path in arrays:
+            _create_array(self._group, arrays[path], self.plan.unit)
+        elif path in groups:
+            self._group.require_group(path)
+        for of_site in {site, path} & set(self.plan.sites):
+            _write_site_coordinates(self._group.require_group(of_site), self.plan.sites[of_site])
+        if path == "outputs":
+            self._group["outputs"].attrs["conditions"] = list(self.plan.conditions)
+        self._arrays.clear()
+        return True
+
     # -- state ------------------------------------------------------------------------------------------------------
 
     @property
@@ -302,7 +332,12 @@ class Run:
         """What the run says of itself: model, digests, kernel, versions."""
         return dict(self._group.attrs)
 
-    def set_attrs(self, **attrs: str | int | float) -> None:
+    @property
+    def lost(self) -> list[str]:
+        """What a repair found broken of the run as a whole, and the next extraction writes again."""
+        return list(self._group.attrs.get("lost", []))  # type: ignore[arg-type]
+
+    def set_attrs(self, **attrs: str | int | float | list[str]) -> None:
         """Add to what the run says of itself."""
         self._group.attrs.update(attrs)
 
@@ -532,6 +567,14 @@ class Run:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
+    def _planned(self) -> "list[_ArrayPlan]":
+        for path in ("samples/id", "samples/status"):
+            try:
+                return list(_arrays_of(self.plan, self.spec, self._array(path).shape[0]))
+            except (KeyError, ValueError):
+                continue
+        raise BrokenRun(f"{self.location} has lost the number of its samples; restore it from a copy")
+
     def _site(self, site: str) -> SitePlan:
         if site not in self.plan.sites:
             raise MissingQuantity(f"{self.location} has no site {site!r}; it has {', '.join(self.sites)}")
@@ -607,8 +650,10 @@ def open_run(location: str | Path | Store, read_only: bool = True) -> Run:
     store = open_store(location, read_only)
     try:
         attrs = open_group(store).attrs
-    except (FileNotFoundError, KeyError, ValueError):
-        raise RunError(f"{str(location)!r} is not a run: it holds no zarr group") from None
+    except (FileNotFoundError, KeyError, ValueError, TypeError):
+        if _is_json(read(store, "zarr.json")):
+            raise RunError(f"{str(location)!r} is not a run: it holds no zarr group") from None
+        raise BrokenRun(_UNREADABLE.format(str(location))) from None
     schema = attrs.get("schema")
     if schema is None:
         raise RunError(f"{str(location)!r} is not a finished run header: it names no schema; extract it again")
@@ -617,7 +662,18 @@ def open_run(location: str | Path | Store, read_only: bool = True) -> Run:
             f"{str(location)!r} has schema {schema!r}, this attnscope reads {SCHEMA_VERSION};"
             " extract it again, or use the attnscope that wrote it"
         )
-    return Run(store, str(location))
+    try:
+        return Run(store, str(location))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise BrokenRun(_UNREADABLE.format(str(location))) from None
+
+
+def _is_json(content: bytes | None) -> bool:
+    try:
+        json.loads(b"{}" if content is None else content)
+    except ValueError:
+        return False
+    return True
 
 
 def versions() -> dict[str, str]:
@@ -816,10 +872,10 @@ def _plan_from_attrs(plain: Mapping[str, object]) -> RunPlan:
     sites = {}
     for name, fields in plain["sites"].items():  # type: ignore[attr-defined]
         recipes = tuple(
-            Recipe(**r | {"sinks": None if r["sinks"] is None else tuple(r["sinks"])}) for r in fields.pop("recipes")
+            Recipe(**r | {"sinks": None if r["sinks"] is None else tuple(r["sinks"])}) for r in fields["recipes"]
         )
         plainly: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        sites[name] = SitePlan(**plainly, recipes=recipes)
+        sites[name] = SitePlan(**plainly | {"recipes": recipes})
     return RunPlan(
         streams=dict(plain["streams"]),  # type: ignore[call-overload]
         sites=sites,
@@ -841,4 +897,14 @@ def _without_text_dtypes(result: xr.Dataset) -> xr.Dataset:
     )
 
 
-__all__ = ["MissingQuantity", "Run", "RunError", "RunPlan", "SitePlan", "StoreError", "open_run", "unit_for"]
+__all__ = [
+    "BrokenRun",
+    "MissingQuantity",
+    "Run",
+    "RunError",
+    "RunPlan",
+    "SitePlan",
+    "StoreError",
+    "open_run",
+    "unit_for",
+]

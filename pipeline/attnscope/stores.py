@@ -87,6 +87,11 @@ def delete(store: Store, key: str) -> None:
     sync(store.delete(key))
 
 
+def delete_below(store: Store, prefix: str) -> None:
+    """Delete all objects of a folder, and the folder where stores have such."""
+    sync(store.delete_dir(prefix))
+
+
 def keys(store: Store, prefix: str) -> Iterator[str]:
     """Names of the objects below a prefix ('' for all)."""
 
@@ -105,6 +110,7 @@ __all__ = [
     "StoreError",
     "Unreachable",
     "delete",
+    "delete_below",
     "is_url",
     "keys",
     "open_group",

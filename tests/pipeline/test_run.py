@@ -251,3 +251,9 @@ def test_blocks_hold_about_128_mebibytes(nbytes: int, samples: int, batch: int, 
 def test_importing_the_core_is_enough_to_read(tmp_path: Path) -> None:
     run = make_run(location=str(tmp_path / "run.zarr"))
     assert attnscope.open_run(run.location).attention("vision.self").sel(layer=1, head=0).shape == (3, 10, 10)
+
+
+def test_adding_to_the_header_keeps_the_plan(tmp_path: Path) -> None:
+    run = make_run(location=str(tmp_path / "run.zarr"))
+    run.set_attrs(note="kept")
+    assert open_run(tmp_path / "run.zarr").plan == run.plan

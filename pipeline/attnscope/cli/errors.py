@@ -12,7 +12,7 @@ TRACEBACK_VARIABLE = "ATTNSCOPE_TRACEBACK"
 DATA_AT_FAULT, COMMAND_AT_FAULT, INTERRUPTED = 1, 2, 130
 
 # Errors of ours that blame the data; all others blame the command.
-_BLAME_DATA = frozenset({"SampleError", "DataFault"})
+_BLAME_DATA = frozenset({"BrokenRun", "DataFault", "SampleError"})
 _EXTRA_OF = {
     "duckdb": "sql",
     "matplotlib": "report",

@@ -14,18 +14,25 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("run")
-def check(run: str) -> int:
+@click.option("--repair", is_flag=True, help="Make what is broken missing, so that the next extraction does it again.")
+def check(run: str, repair: bool) -> int:
     """Verify every chunk and mark of a run.
 
-    Names what is broken by site, quantity and sample, and exits with 1 if anything is.
+    Names what is broken by site, quantity and sample, and exits with 1 if anything is and was not repaired.
     """
     from attnscope.checking import check_run
     from attnscope.run import open_run
 
-    opened = open_run(run)
+    opened = open_run(run, read_only=not repair)
     found = check_run(opened)
     for sentence in found.sentences(_sample_ids(opened)):
         click.echo(sentence)
+    if repair and found.faults:
+        from attnscope.repairing import repair_run
+
+        for sentence in repair_run(opened, found):
+            click.echo(f"repaired: {sentence}")
+        return 0
     click.echo(_verdict(run, found), err=bool(found.faults))
     return DATA_AT_FAULT if found.faults else 0
 
@@ -40,7 +47,7 @@ def _sample_ids(run: "Run") -> list[str]:
 
 def _verdict(run: str, found: "CheckReport") -> str:
     if found.faults:
-        return f"attnscope: {run} is broken in {len(found.faults)} places, named above"
+        return f"attnscope: {run} is broken in {len(found.faults)} places, named above; see check --repair"
     words = [
         f"{run} is sound: {found.chunks:,} chunks of {found.arrays} arrays read, {found.extracted:,} samples extracted"
     ]
