@@ -40,6 +40,7 @@ from attnscope.ready import alike, collated, cut_batch, largest_inputs, text_len
 from attnscope.recording import AttentionCall, recording
 from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, THUMBNAIL_PIXELS, BrokenRun, Run, RunError, RunStands, open_run
 from attnscope.samples import Sample, SampleError, read_samples, unique_ids
+from attnscope.stores import full_disk_told
 from attnscope.tokens import TokenLayout, unknown_layout
 from attnscope.writing import BlockBuffer, BlockWriter, TokenBuffer
 
@@ -147,7 +148,7 @@ def extract(
         trust_remote_code=trust_remote_code,
     )
     report = _Reporter(progress, started, len(listed))
-    with _evaluation(loaded.model):
+    with _evaluation(loaded.model), full_disk_told():
         prepared = prepare(listed, loaded) if ready is None else Prepared(listed, text_lengths(ready), {})
         source = str(samples) if isinstance(samples, str | Path) else ""
         run = _open_or_create(loaded, wanted, prepared, ready, (out, source), batch_size, report)

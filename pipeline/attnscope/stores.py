@@ -4,7 +4,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import zarr
@@ -49,6 +49,17 @@ def open_store(location: str | Path | Store | None, read_only: bool = True) -> S
         if not os.access(path, os.W_OK):
             raise StoreError(f"{str(location)!r} can't be written (no permission, or the file system is read-only)")
     return LocalStore(path, read_only=read_only)
+
+
+@contextmanager
+def full_disk_told() -> Iterator[None]:
+    """Turn the operating system's word for a full disk into a StoreError of one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StoreError("the disk is full; make room and repeat the command: it goes on where it stopped") from None
 
 
 def read(store: Store, key: str) -> bytes | None:
@@ -111,6 +122,7 @@ __all__ = [
     "Unreachable",
     "delete",
     "delete_below",
+    "full_disk_told",
     "is_url",
     "keys",
     "open_group",

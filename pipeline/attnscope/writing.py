@@ -1,6 +1,5 @@
 """From recorded calls to stored blocks: encode, gather a block, write it while the model goes on."""
 
-import errno
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from attnscope.attention_array import ATTENTION_OF_CODE
 from attnscope.quantities import SITE_QUANTITIES, SUMMARIES
 from attnscope.recording import AttentionCall
 from attnscope.run import Run, SitePlan
-from attnscope.stores import StoreError
+from attnscope.stores import full_disk_told
 from attnscope.tokens import TokenLayout
 
 _TILE_BYTES = 2**26
@@ -89,9 +88,8 @@ class BlockWriter:
         if self._failure is None:
             return
         failure, self._failure = self._failure, None
-        if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError("the disk is full; make room and repeat the command: it goes on where it stopped")
-        raise failure
+        with full_disk_told():
+            raise failure
 
 
 class BlockBuffer:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from click.testing import CliRunner
 
+import attnscope.run
 from attnscope.checking import check_run
+from attnscope.cli import main
+from attnscope.extraction import DeadlineReached, extract
 from attnscope.run import MISSING, open_run
+from attnscope.testing import make_run
 
 SAMPLES, UNIT = 60, 2
 
@@ -197,3 +203,61 @@ def test_what_a_killed_process_had_claimed_another_finishes(
     assert 0 <= again <= 2
     assert not (open_run(out).status == MISSING).any()
     assert_equal_and_clean(out, undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of four megabytes in memory."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def command_line(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, arguments, prog_name="attnscope")
+    return result.exit_code, result.stderr
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_a_run_that_is_finished_later(
+    small_disk: Path, tiny_bert: Path, captioned_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attnscope.run, "_UNIT_LIMIT", 1)
+    out = small_disk / "run.zarr"
+    arguments = ["extract", str(tiny_bert), str(captioned_images), "--batch-size", "1", "--out"]
+    with pytest.raises(DeadlineReached):
+        extract(tiny_bert, captioned_images, out=out, batch_size=1, deadline=0.0)
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    with filler.open("rb+") as file:
+        file.truncate(filler.stat().st_size - 100 * 4096)
+    code, told = command_line(*arguments, str(out))
+    assert code == 2
+    assert told == ("attnscope: the disk is full; make room and repeat the command: it goes on where it stopped\n")
+    assert 0 < len(open_run(out).missing()) < len(open_run(out).blocks())
+    filler.unlink()
+    assert check_run(open_run(out)).faults == ()
+    assert command_line(*arguments, str(out)) == (0, "")
+    assert command_line(*arguments, str(tmp_path / "whole.zarr")) == (0, "")
+    assert_equal_and_clean(out, tmp_path / "whole.zarr")
+
+
+def test_a_folder_that_cannot_be_written_can_be_read(small_disk: Path, tiny_bert: Path, captioned_images: Path) -> None:
+    out = str(small_disk / "run.zarr")
+    make_run(location=out)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for place in (out, str(small_disk / "other.zarr")):
+        code, told = command_line("extract", str(tiny_bert), str(captioned_images), "--out", place)
+        assert code == 2
+        assert told.startswith(f"attnscope: {place!r} can't be written (")
+        assert told.count("\n") == 1
+    assert command_line("check", out) == (0, "")
+    code, told = command_line("check", "--repair", out)
+    assert (code, told.count("\n")) == (2, 1)
