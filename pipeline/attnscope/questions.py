@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from attnscope.attention_array import to_float32
+from attnscope.quantities import SITE_QUANTITIES
 from attnscope.selection import Choice, SelectionError, chosen_positions, chosen_tokens
 from attnscope.tokens import KIND_CODES
 
@@ -26,6 +28,7 @@ class _Reading:
     """How many layers of how many samples had to be read of the attention itself."""
 
     tiles: int = 0
+    attention: xr.Variable | None = None
 
     def words(self, of: int, summary: str) -> str:
         if self.tiles == 0:
@@ -77,7 +80,9 @@ class _Scope:
     def tile(self, sample: int, layer: int) -> np.ndarray:
         """The attention (head, query_token, key_token) of one sample and layer (places in this scope)."""
         self.reading.tiles += 1
-        array = self.run.attention(self.site)
+        if self.reading.attention is None:
+            self.reading.attention = self.run.attention(self.site).variable
+        array = self.reading.attention
         return np.asarray(array[int(self.samples[sample]), int(self.layers[layer]), _plain(self.heads)].values)
 
 
@@ -136,9 +141,9 @@ def strong_heads(run: "Run", site: str, above: float, choices: Mapping[str, Choi
     where = np.concatenate(places or [np.zeros((0, 3), np.int64)])
     coordinates = _coordinates(run, site, where)
     said = {"long_name": "most attention that a chosen query gives to all chosen keys together", "units": "1"}
-    attrs = said | {"above": above, "read": scope.reading.words(scope.tiles, "kind_mass_max")}
+    attrs: dict[str, str | float] = {**said, "above": above, "read": scope.reading.words(scope.tiles, "kind_mass_max")}
     mass = np.concatenate(values or [np.zeros(0, np.float32)])
-    return xr.DataArray(mass, dims="case", coords=_along("case", coordinates), attrs=attrs, name="mass")
+    return _described("case", "mass", mass, coordinates, attrs)
 
 
 def _most_mass(scope: _Scope, sample: int) -> np.ndarray:
@@ -165,17 +170,19 @@ def _edges(scope: _Scope, above: float | None, count: int | None = None) -> tupl
         tiles = np.ndindex(len(scope.samples), len(scope.layers))
         found = [_edges_of_tile(scope, sample, layer, None, floor) for sample, layer in tiles]
         return _together(scope, found, count)
-    top, keys = scope.read("top_value").astype(np.float32), scope.read("top_key")
-    chosen = scope.queries[:, None, None, :, None] & (keys >= 0)
-    chosen &= np.take_along_axis(scope.keys[:, None, None, None], np.maximum(keys, 0), axis=-1)
+    top, keys = to_float32(scope.read("top_value")), scope.read("top_key")
+    rows = scope.queries[:, None, None]
     if above is None:
-        above = _largest(top[chosen], count)
+        chosen = np.take_along_axis(scope.keys[:, None, None, None], np.maximum(keys, 0), axis=-1) & rows[..., None]
+        above = _largest(top[chosen & (keys >= 0)], count)
     # Rows whose weakest stored weight still counts may have further ones; weights of 0 are not among the stored.
     weakest = top[..., -1]
     open_rows = ~(weakest <= above) if above < 0 else (weakest > above) & (top.shape[-1] < plan.key_tokens)
-    open_rows &= scope.queries[:, None, None]
-    at = np.nonzero(chosen & (top > above) & ~open_rows[..., None])
-    found = [(np.stack([*at[:4], keys[at]], 1).astype(np.int64), top[at])]
+    open_rows &= rows
+    at = np.nonzero((top > above) & (rows & ~open_rows)[..., None])
+    places, values = np.stack([*at[:4], keys[at]], 1).astype(np.int64), top[at]
+    on_keys = scope.keys[places[:, 0], places[:, 4]]
+    found = [(places[on_keys], values[on_keys])]
     for sample, layer in np.argwhere(open_rows.any(axis=(2, 3))):
         found.append(_edges_of_tile(scope, sample, layer, open_rows[sample, layer], above))
     return _together(scope, found, count)
@@ -229,9 +236,9 @@ def _labelled(
         for name in _TOKEN_NAMES:
             known = np.asarray(tokens[name].isel(sample=_plain(samples)).values)
             coordinates[f"{side}_{name.removeprefix('token_')}"] = known[rows, places[:, axis]]
-    attention = run.attention(site)
-    attrs = {k: attention.attrs[k] for k in ("long_name", "units")} | dict(said)
-    return xr.DataArray(values, dims="edge", coords=_along("edge", coordinates), attrs=attrs, name="attention")
+    row = SITE_QUANTITIES["attention"]
+    attrs = {"long_name": row.meaning, "units": row.units, **said}
+    return _described("edge", "attention", values, coordinates, attrs)
 
 
 def _coordinates(run: "Run", site: str, places: np.ndarray) -> dict[str, np.ndarray]:
@@ -243,8 +250,12 @@ def _coordinates(run: "Run", site: str, places: np.ndarray) -> dict[str, np.ndar
     }
 
 
-def _along(dim: str, coordinates: Mapping[str, np.ndarray]) -> dict[str, tuple[str, np.ndarray]]:
-    return {name: (dim, values) for name, values in coordinates.items()}
+def _described(
+    dim: str, name: str, values: np.ndarray, coordinates: Mapping[str, np.ndarray], attrs: Mapping[str, str | float]
+) -> xr.DataArray:
+    # By way of a Dataset: DataArray copies coordinates deeply, which takes longer than finding the edges.
+    variables = {label: (dim, column) for label, column in coordinates.items()}
+    return xr.Dataset({name: (dim, values, dict(attrs))}, coords=variables)[name]
 
 
 def _plain(positions: np.ndarray) -> slice | np.ndarray:

@@ -41,7 +41,8 @@ def run(request: pytest.FixtureRequest, tiny_clip: Path, captioned_images: Path)
 
 
 def places(run: Run, site: str, found) -> np.ndarray:
-    sample = [run.sample_ids.index(i) for i in found["sample"].values]
+    ids = run.sample_ids
+    sample = [ids.index(i) for i in found["sample"].values]
     layer = [run.plan.sites[site].layers.index(n) for n in found["layer"].values]
     rest = [found[name].values for name in ("head", "query_token", "key_token") if name in found.coords]
     return np.stack([np.array(column, int) for column in (sample, layer, *rest)], axis=1)
