@@ -55,7 +55,7 @@ def wide(model: torch.nn.Module) -> torch.nn.Module:
 
 def vision(pixels: int) -> tuple[torch.nn.Module, Inputs]:
     config = transformers.ViTConfig(num_hidden_layers=RUN_LAYERS, image_size=pixels)
-    images = torch.randn(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(1, 3, pixels, pixels, generator=torch.Generator().manual_seed(1))
     return wide(transformers.ViTModel(config, add_pooling_layer=False)), {"pixel_values": images}
 
 
@@ -64,13 +64,13 @@ def decoder(tokens: int) -> tuple[torch.nn.Module, Inputs]:
         hidden_size=768, intermediate_size=2048, num_hidden_layers=RUN_LAYERS, num_attention_heads=HEADS,
         vocab_size=1000, max_position_embeddings=4096,
     )  # fmt: skip
-    ids = torch.randint(5, 1000, (2, tokens), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(5, 1000, (1, tokens), generator=torch.Generator().manual_seed(1))
     return wide(transformers.LlamaModel(config)), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def encoder(tokens: int) -> tuple[torch.nn.Module, Inputs]:
     config = transformers.BertConfig(num_hidden_layers=RUN_LAYERS, vocab_size=1000, max_position_embeddings=tokens)
-    ids = torch.randint(5, 1000, (2, tokens), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(5, 1000, (1, tokens), generator=torch.Generator().manual_seed(1))
     model = wide(transformers.BertModel(config, add_pooling_layer=False))
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -83,10 +83,10 @@ MODELS: dict[str, Callable[[], tuple[torch.nn.Module, Inputs]]] = {
     "causal decoder, 2048 tokens": lambda: decoder(2048),
 }
 STORED = {
-    "float16": ExtractSpec(form="dense"),
-    "exact": ExtractSpec(form="dense", encoding="exact"),
-    "compact": ExtractSpec(form="dense", encoding="compact"),
-    "factored": ExtractSpec(form="factored"),
+    "float16": ExtractSpec(form="dense", summaries=True),
+    "exact": ExtractSpec(form="dense", encoding="exact", summaries=False),
+    "compact": ExtractSpec(form="dense", encoding="compact", summaries=False),
+    "factored": ExtractSpec(form="factored", summaries=False),
 }
 
 
@@ -99,7 +99,7 @@ def measure_bytes() -> None:
     for name, make in MODELS.items():
         model, inputs = make()
         scale = LAYERS / RUN_LAYERS
-        rows.append(_row(name, _saved(model, inputs) * scale, _runs(model, [inputs]), 2 / scale))
+        rows.append(_row(name, _saved(model, inputs) * scale, _runs(model, [inputs]), 1 / scale))
     model, texts = "embedded:minilm", _paragraphs()
     longest = max(len(t.split()) for t in texts)
     attention = extract(model, [Sample(str(i), text=t) for i, t in enumerate(texts)], spec=STORED["exact"])
@@ -183,7 +183,7 @@ def _make(location: Path, saved: Sequence[Path]) -> None:
     site = SitePlan("joint", "joint", tuple(range(LAYERS)), ("",) * LAYERS, HEADS, HEADS, TOKENS, TOKENS)
     plan = RunPlan({"joint": TOKENS}, {SITE: site}, unit=4)
     samples = [Sample(str(i)) for i in range(len(saved))]
-    run = Run.create(location, plan, ExtractSpec(), samples, {"model": "made"})
+    run = Run.create(location, plan, ExtractSpec(summaries=True), samples, {"model": "made"})
     for block in run.blocks():
         kind = np.broadcast_to(KINDS, (len(block), TOKENS))
         kinds = TokenKinds(torch.tensor(kind), torch.tensor(kind))

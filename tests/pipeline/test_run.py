@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 import transformers
 import xarray as xr
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import attnscope
 from attnscope.attention_array import to_float32
@@ -116,6 +119,28 @@ def test_lazy_indexing_is_numpy_indexing(both_forms: tuple[np.ndarray, Run, Run]
         got = run.attention("text.self").isel(index)
         assert got.dims == reference.dims
         np.testing.assert_allclose(got.values, reference.values, atol=2e-6)
+
+
+def _positions(length: int) -> st.SearchStrategy[int | slice | list[int]]:
+    numbers = st.integers(-length, length - 1)
+    slices = st.slices(length).filter(lambda s: len(range(length)[s]) > 0)
+    return st.one_of(numbers, slices, st.lists(numbers, min_size=1, max_size=4), st.just(slice(None)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sample=_positions(4), layer=st.sampled_from([0, 1, slice(None), [1, 0]]), head=_positions(4), query=_positions(9),
+    key=_positions(9),
+)  # fmt: skip
+def test_select_equals_numpy_indexing_in_both_forms(
+    both_forms: tuple[np.ndarray, Run, Run], sample: Any, layer: Any, head: Any, query: Any, key: Any
+) -> None:
+    expected, *runs = both_forms
+    for axis, choice in reversed(list(enumerate([sample, layer, head, query, key]))):
+        expected = expected[(slice(None),) * axis + (choice,)]
+    for run in runs:
+        found = run.select("text.self", sample=sample, layer=layer, head=head, query=query, key=key)
+        np.testing.assert_allclose(found.values, expected, atol=2e-6)
 
 
 def test_pointwise_indexing(both_forms: tuple[np.ndarray, Run, Run]) -> None:
