@@ -26,7 +26,7 @@ import transformers
 from attnscope import ExtractSpec, extract
 
 Batches = list[dict[str, torch.Tensor]]
-SPEC = ExtractSpec(summaries=False) if "summaries" in ExtractSpec.__dataclass_fields__ else ExtractSpec()
+SPEC = ExtractSpec(summaries=False)
 
 
 def wide(model: torch.nn.Module) -> torch.nn.Module:

@@ -67,7 +67,7 @@ class ExtractOptions(BaseModel):
     )
     summaries: bool | None = Field(
         default=None,
-        description="Whether entropy, strongest keys, and mass by kind of token are stored beside the attention; yes"
+        description="Whether entropy, strongest keys, and mass by kind of token are stored beside the attention; no"
         " if left alone.",
     )
     device: str | None = Field(

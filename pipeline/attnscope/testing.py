@@ -52,7 +52,7 @@ def make_run(
         value_channels=channels,
     )
     plan = RunPlan(streams={"vision": tokens}, sites={"vision.self": site}, unit=2, thumbnails=True)
-    spec = ExtractSpec(quantities=quantities, encoding="exact")
+    spec = ExtractSpec(quantities=quantities, encoding="exact", summaries=True)
     listed = [
         Sample(f"sample-{i}", text=f"thing {i}", regions=(Region("thing", (0, 0, 1, 1)),)) for i in range(samples)
     ]

@@ -258,7 +258,7 @@ def test_check_names_what_is_broken(made: Path, tmp_path: Path) -> None:
         'vision.self/attention holds no values in layer 2, though marked as extracted: sample "sample-2"'
         in result.stdout
     )
-    assert result.stderr == f"attnscope: {folder} is broken in 1 places, named above\n"
+    assert result.stderr == f"attnscope: {folder} is broken in 1 place, named above; see check --repair\n"
 
 
 def test_plugins_tell_where_analysers_come_from() -> None:

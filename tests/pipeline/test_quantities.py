@@ -63,9 +63,9 @@ def test_specs_are_read_as_they_were_written_and_nothing_else() -> None:
             ExtractSpec(**field)  # type: ignore[arg-type]
 
 
-def test_summaries_come_with_attention_unless_one_declines() -> None:
-    assert ExtractSpec().covers(ExtractSpec(SUMMARIES))
-    assert not ExtractSpec(summaries=False).covers(ExtractSpec(SUMMARIES))
-    assert not union([ExtractSpec(), ExtractSpec(summaries=False)]).summaries
+def test_summaries_come_with_attention_where_one_asks_for_them() -> None:
+    assert ExtractSpec(summaries=True).covers(ExtractSpec(SUMMARIES))
+    assert not ExtractSpec().covers(ExtractSpec(SUMMARIES))
+    assert union([ExtractSpec(), ExtractSpec(summaries=True)]).summaries
     assert union([ExtractSpec(encoding="compact"), ExtractSpec(encoding="compact")]).encoding == "compact"
     assert union([ExtractSpec(encoding="compact"), ExtractSpec(encoding="exact")]).encoding == "exact"

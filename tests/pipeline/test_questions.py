@@ -32,10 +32,10 @@ class CountingStore(MemoryStore):
 @pytest.fixture(scope="module", params=["float16", "compact", "factored", "no summaries"])
 def run(request: pytest.FixtureRequest, tiny_clip: Path, captioned_images: Path) -> Run:
     options = {
-        "float16": {},
-        "compact": {"encoding": "compact"},
-        "factored": {"form": "factored"},
-        "no summaries": {"summaries": False},
+        "float16": {"summaries": True},
+        "compact": {"encoding": "compact", "summaries": True},
+        "factored": {"form": "factored", "summaries": True},
+        "no summaries": {},
     }[request.param]
     return extract(tiny_clip, captioned_images, batch_size=4, out=CountingStore(), **options)
 
@@ -113,7 +113,7 @@ def test_heads_between_other_tokens_are_read_from_the_attention(run: Run) -> Non
 
 
 def test_samples_that_are_not_extracted_have_no_answer(tiny_vit: Path, captioned_images: Path) -> None:
-    run = extract(tiny_vit, read_samples(captioned_images), batch_size=1)
+    run = extract(tiny_vit, read_samples(captioned_images), batch_size=1, summaries=True)
     before = run.strong_edges("vision.self", above=0.2)
     run.commit(run.blocks()[0], np.zeros(len(run.blocks()[0])))
     gone = set(run.sample_ids[: len(run.blocks()[0])])

@@ -67,7 +67,7 @@ def assert_summaries(run: Run, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("encoding", ["exact", "float16", "compact"])
 def test_summaries_are_those_of_the_stored_attention(tiny_clip: Path, captioned_images: Path, encoding: str) -> None:
-    assert_summaries(extract(tiny_clip, captioned_images, encoding=encoding, batch_size=4))
+    assert_summaries(extract(tiny_clip, captioned_images, encoding=encoding, batch_size=4, summaries=True))
 
 
 @pytest.mark.parametrize("form", ["dense", "factored"])
@@ -81,7 +81,7 @@ def test_summaries_under_grouped_heads_and_padding(made_model: Made, form: str) 
     for row, length in enumerate((12, 7, 4, 1)):
         mask[row, : 12 - length] = 0
     model = made_model("LlamaForCausalLM", config, "sdpa")
-    run = extract(model, [{"input_ids": ids, "attention_mask": mask}], encoding="exact", form=form)
+    run = extract(model, [{"input_ids": ids, "attention_mask": mask}], encoding="exact", form=form, summaries=True)
     assert run.plan.sites["text.self"].form == form
     assert_summaries(run)
 
@@ -91,13 +91,15 @@ def test_summaries_of_windows_put_together(made_model: Made) -> None:
         image_size=32, patch_size=2, embed_dim=8, depths=[2, 1], num_heads=[2, 4], window_size=4, num_labels=3
     )
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    run = extract(made_model("SwinForImageClassification", config), [{"pixel_values": pixels}], batch_size=2)
+    run = extract(
+        made_model("SwinForImageClassification", config), [{"pixel_values": pixels}], batch_size=2, summaries=True
+    )
     assert all(-1 in site.call_numbers for site in run.plan.sites.values())
     assert_summaries(run)
 
 
 def test_summaries_come_without_the_attention(tiny_bert: Path, captioned_images: Path) -> None:
-    whole = extract(tiny_bert, captioned_images, encoding="exact")
+    whole = extract(tiny_bert, captioned_images, encoding="exact", summaries=True)
     spec = ExtractSpec(frozenset({"entropy", "kind_mass"}), encoding="exact")
     alone = extract(tiny_bert, captioned_images, spec=spec)
     assert set(alone.quantities("text.self")) == {"entropy", "kind_mass", "query_valid"}
@@ -112,7 +114,7 @@ def test_summaries_may_be_left_out(tiny_bert: Path, captioned_images: Path) -> N
 
 
 def test_compact_attention_keeps_its_stated_bounds(tiny_clip: Path, captioned_images: Path) -> None:
-    exact, compact = (extract(tiny_clip, captioned_images, encoding=e) for e in ("exact", "compact"))
+    exact, compact = (extract(tiny_clip, captioned_images, encoding=e, summaries=True) for e in ("exact", "compact"))
     for site in exact.sites:
         ours, theirs = compact.attention(site), exact.attention(site)
         assert compact._array(f"{site}/attention").dtype == np.uint8
@@ -133,7 +135,7 @@ def test_every_code_is_the_nearest_to_its_own_weight() -> None:
 
 
 def test_reading_summaries_touches_no_attention(tmp_path: Path, tiny_vit: Path, captioned_images: Path) -> None:
-    run = extract(tiny_vit, captioned_images, out=tmp_path / "run.zarr")
+    run = extract(tiny_vit, captioned_images, out=tmp_path / "run.zarr", summaries=True)
     for path in (tmp_path / "run.zarr").glob("*/attention/c"):
         path.rename(path.with_name("away"))
     assert not np.isnan(attnscope.open_run(run.location).array("vision.self", "entropy").values).any()

@@ -39,7 +39,7 @@ def extract_options(command: Command) -> Command:
         click.option(
             "--summaries/--no-summaries",
             default=None,
-            help="Store what answers questions over many samples beside the attention (the default).",
+            help="Store what answers questions over many samples beside the attention (not by default).",
         ),
         click.option("--device", help="Where the model runs: cpu, cuda, cuda:1; a GPU if there is one."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the model."),

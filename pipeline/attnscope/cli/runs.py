@@ -47,7 +47,9 @@ def _sample_ids(run: "Run") -> list[str]:
 
 def _verdict(run: str, found: "CheckReport") -> str:
     if found.faults:
-        return f"attnscope: {run} is broken in {len(found.faults)} places, named above; see check --repair"
+        count = len(found.faults)
+        places = "1 place" if count == 1 else f"{count} places"
+        return f"attnscope: {run} is broken in {places}, named above; see check --repair"
     words = [
         f"{run} is sound: {found.chunks:,} chunks of {found.arrays} arrays read, {found.extracted:,} samples extracted"
     ]
