@@ -16,7 +16,7 @@ import xarray as xr
 import zarr
 from zarr.storage import LocalStore
 
-from attnscope.attention_array import to_float32
+from attnscope.attention_array import ATTENTION_OF_CODE, to_float32
 from attnscope.quantities import RULES, SITE_QUANTITIES, ExtractSpec
 from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, WHOLE_RUN, Run, planned_arrays
 from attnscope.stores import StoreError, keys, open_group
@@ -360,7 +360,9 @@ class _SiteLook:
 
 
 def _floats(values: np.ndarray) -> np.ndarray:
-    """Stored values as float32; bfloat16 is stored as the upper half of its bits."""
+    """Stored values as float32; bfloat16 is stored as the upper half of its bits, compact attention as codes."""
+    if values.dtype == np.uint8:
+        return ATTENTION_OF_CODE[values]
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32)
     return to_float32(values)

@@ -34,9 +34,11 @@ def test_a_made_run_is_sound(folder: Path) -> None:
     assert seen[-1] == (found.chunks, found.chunks)
 
 
-@pytest.mark.parametrize("form", ["dense", "factored"])
-def test_an_extracted_run_is_sound(tiny_clip: Path, captioned_images: Path, form: str) -> None:
-    run = extract(tiny_clip, captioned_images, form=form)
+@pytest.mark.parametrize(
+    "stored", [{"form": "dense"}, {"form": "factored"}, {"encoding": "exact"}, {"encoding": "compact"}]
+)
+def test_an_extracted_run_is_sound(tiny_clip: Path, captioned_images: Path, stored: dict[str, str]) -> None:
+    run = extract(tiny_clip, captioned_images, **stored)
     assert check_run(run).faults == ()
 
 
