@@ -316,6 +316,7 @@ class _SiteLook:
         self._query_kind = _read_whole(arrays, f"{plan.queries}/kind")
         self._key_kind = _read_whole(arrays, f"{plan.keys}/kind")
         self._tolerance = _tolerance(run.spec, plan.key_tokens)
+        self._sinks = [recipe.sinks is not None for recipe in plan.recipes] or [False] * len(plan.layers)
 
     def __call__(self, region: Region, values: np.ndarray) -> Iterator[Fault]:
         if self._valid is None or self._query_kind is None or self._key_kind is None:
@@ -336,18 +337,19 @@ class _SiteLook:
         yield from self._told(region, due, empty, "holds no values")
         if self._name == "attention":
             keys = self._key_kind[samples] != padding
-            off = self._off(values, rows, keys)
+            off = self._off(values, rows, keys, self._sinks[layers])
             yield from self._told(
                 region, due & ~empty, off, f"has rows that do not sum to 1 within {self._tolerance:.1e}"
             )
 
-    def _off(self, values: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Samples and layers (sample, layer) with a row whose sum is not 1."""
+    def _off(self, values: np.ndarray, rows: np.ndarray, keys: np.ndarray, sinks: list[bool]) -> np.ndarray:
+        """Samples and layers (sample, layer) with a row whose sum is not 1, or above it where a sink has a share."""
         wrong = np.zeros(values.shape[:2], bool)
         for sample, layer in np.ndindex(*wrong.shape):
             tile = values[sample, layer][:, rows[sample, layer]][..., keys[sample]]
             sums = tile.sum(axis=-1, dtype=np.float32)
-            wrong[sample, layer] = not (np.abs(sums - 1) <= self._tolerance).all()
+            excess = sums - 1 if sinks[layer] else np.abs(sums - 1)
+            wrong[sample, layer] = not (excess <= self._tolerance).all()
         return wrong
 
     def _told(self, region: Region, due: np.ndarray, broken: np.ndarray, problem: str) -> Iterator[Fault]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import attnscope
 from attnscope.attention_array import to_float32
+from attnscope.checking import check_run
 from attnscope.extraction import extract
 from attnscope.loading import ModelError
 from attnscope.quantities import QUANTITIES, ExtractSpec, union
@@ -67,6 +68,7 @@ def test_factored_attention_is_the_dense_one(name: str, side: str) -> None:
     assert float(factored.attrs["bound"]) == 2e-6
     np.testing.assert_array_equal(np.isnan(dense.values), np.isnan(factored.values))
     np.testing.assert_allclose(factored.values, dense.values, atol=2e-6)
+    assert not check_run(extract(model, [inputs], spec=ExtractSpec(form="dense"))).faults
     sums = dense.sum("key_token").values[~np.isnan(dense.values).all(-1)]
     assert (sums < 1 - 1e-3).any() if name == "sinks" else np.allclose(sums, 1, atol=1e-5)
 
