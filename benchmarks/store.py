@@ -30,9 +30,10 @@ from numpy.testing import assert_array_equal
 
 from attnscope import ExtractSpec, Sample, extract, open_run
 from attnscope.embedded import embedded_sentences
+from attnscope.plan import RunPlan, SitePlan
 from attnscope.quantities import SUMMARIES
 from attnscope.questions import strongest_edges
-from attnscope.run import EXTRACTED, Run, RunPlan, SitePlan
+from attnscope.run import EXTRACTED, Run
 from attnscope.summaries import Summaries, TokenKinds
 from attnscope.tokens import KIND_CODES, plain_layout
 

@@ -91,8 +91,8 @@ def test_the_command_line_lists_runs_and_reports_it(installed: dict[str, str], t
 @pytest.mark.server
 @pytest.mark.slow
 def test_a_study_flow_runs_it(installed: dict[str, str], tmp_path: Path) -> None:
-    arguments = ("study", "embedded:minilm", "embedded:sentences", "--out", str(tmp_path), "--engine", "prefect")
-    options = ("--analyser", "attention_distance", "--option", "site=text.self")
+    arguments = ("study", "embedded:dinov2-small", "embedded:photographs", "--out", str(tmp_path), "--limit", "2")
+    options = ("--engine", "prefect", "--analyser", "attention_distance", "--option", "site=vision.self")
     python(installed, "-c", "from attnscope.cli import main; main()", *arguments, *options)
     assert "attnscope-example 1.2.3" in (tmp_path / "report.html").read_text()
 

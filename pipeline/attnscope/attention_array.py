@@ -18,7 +18,7 @@ from xarray.core import indexing
 from attnscope.tokens import KIND_CODES
 
 if TYPE_CHECKING:
-    from attnscope.run import Recipe
+    from attnscope.plan import Recipe
 
 DIMS = ("sample", "layer", "head", "query_token", "key_token")
 _TILE_BYTES = 2**26

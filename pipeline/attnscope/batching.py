@@ -5,8 +5,8 @@ import os
 import torch
 
 from attnscope.loading import LoadedModel
+from attnscope.plan import RunPlan
 from attnscope.quantities import ExtractSpec
-from attnscope.run import RunPlan
 
 # More gains nothing: processors with many lanes are busy by then.
 _LIMITS = {"cuda": 64, "cpu": 16}

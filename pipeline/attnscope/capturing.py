@@ -8,12 +8,13 @@ import torch
 
 from attnscope.families import Fold, Inputs
 from attnscope.loading import LoadedModel
+from attnscope.plan import SitePlan
 from attnscope.planning import RecordingError, check_output, check_rows, fold_of
 from attnscope.quantities import FACTORS, SITE_QUANTITIES, SUMMARIES, TENSORS, ExtractSpec
 from attnscope.recipes import RuleReader, proved_rows, recipe_of
 from attnscope.recording import AttentionCall
 from attnscope.recording.calls import unseen
-from attnscope.run import Run, SitePlan
+from attnscope.run import Run
 from attnscope.summaries import Kinds, Summaries, TokenKinds
 from attnscope.writing import BlockBuffer, encoded, head_tiles
 

@@ -16,9 +16,10 @@ import xarray as xr
 import zarr
 from zarr.storage import LocalStore
 
+from attnscope.arrays import WHOLE_RUN, planned_arrays
 from attnscope.attention_array import ATTENTION_OF_CODE, to_float32
 from attnscope.quantities import RULES, SITE_QUANTITIES, ExtractSpec
-from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, WHOLE_RUN, Run, planned_arrays
+from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, Run
 from attnscope.stores import StoreError, keys, open_group
 from attnscope.tokens import KIND_CODES
 

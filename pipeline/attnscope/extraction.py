@@ -24,6 +24,7 @@ from attnscope.families import GENERIC, Inputs
 from attnscope.families.layouts import DEFAULT_LAYOUTS
 from attnscope.families.weights import projections
 from attnscope.loading import LoadedModel, load_model
+from attnscope.plan import THUMBNAIL_PIXELS
 from attnscope.planning import (
     Prepared,
     RecordingError,
@@ -38,7 +39,7 @@ from attnscope.proving import look_at_projections
 from attnscope.quantities import ExtractSpec, union
 from attnscope.ready import alike, collated, cut_batch, largest_inputs, text_lengths
 from attnscope.recording import AttentionCall, recording
-from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, THUMBNAIL_PIXELS, BrokenRun, Run, RunError, RunStands, open_run
+from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, BrokenRun, Run, RunError, RunStands, open_run
 from attnscope.samples import Sample, SampleError, read_samples, unique_ids
 from attnscope.stores import full_disk_told
 from attnscope.tokens import TokenLayout, unknown_layout

@@ -10,9 +10,9 @@ from PIL import Image
 
 from attnscope.families import Inputs
 from attnscope.loading import LoadedModel, ModelError, load_model
+from attnscope.plan import SitePlan
 from attnscope.planning import Prepared, ProbedCall, plan_run, probe
 from attnscope.quantities import SITE_QUANTITIES, ExtractSpec
-from attnscope.run import SitePlan
 from attnscope.samples import Sample, SampleError
 
 _EXAMPLE_TEXT = "a photograph of a cat on a red chair"

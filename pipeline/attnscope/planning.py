@@ -10,10 +10,10 @@ import torch
 
 from attnscope.families import Fold, Inputs, Placement
 from attnscope.loading import LoadedModel, ModelError
+from attnscope.plan import Recipe, RunPlan, SitePlan, unit_for
 from attnscope.quantities import ExtractSpec
 from attnscope.recipes import DTYPES, recipe_of
 from attnscope.recording import AttentionCall, recording
-from attnscope.run import Recipe, RunPlan, SitePlan, unit_for
 from attnscope.samples import Sample, SampleError
 from attnscope.stores import StoreError, is_url
 from attnscope.writing import encoded_attention

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from attnscope.plan import Recipe
 from attnscope.recording import AttentionCall
 from attnscope.recording.calls import MASKED_BELOW
-from attnscope.run import Recipe
 
 _PROVED_ROWS = 16
 # Half-precision queries and keys are stored as they are; other types are widened.

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 
 import zarr
 
+from attnscope.arrays import WHOLE_RUN
 from attnscope.checking import CheckReport, Fault, check_run
 from attnscope.claims import Claims
-from attnscope.run import WHOLE_RUN, Run, RunError, open_run
+from attnscope.run import Run, RunError, open_run
 from attnscope.stores import delete, delete_below
 
 

@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,18 @@ import zarr
 import zarr.codecs
 from xarray.core import indexing
 from zarr.abc.store import Store
-from zarr.storage import MemoryStore
 
+from attnscope.arrays import (
+    COMPRESSORS,
+    DENSE_BOUND,
+    WHOLE_RUN,
+    ArrayPlan,
+    arrays_of,
+    create_array,
+    write_layers,
+    write_site_coordinates,
+)
 from attnscope.attention_array import (
-    ATTENTION_OF_CODE,
     DIMS,
     AttentionArray,
     DecodedArray,
@@ -36,17 +44,14 @@ from attnscope.attention_array import (
 )
 from attnscope.claims import FOLDER as CLAIMS_FOLDER
 from attnscope.claims import POLL, Claims
+from attnscope.plan import _DENSE_DTYPE, RunPlan, SitePlan, plan_from_attrs, plan_to_attrs, unit_for
 from attnscope.quantities import (
     DERIVED_FROM,
     FACTORS,
-    RANKS,
     RULES,
     SCHEMA_VERSION,
     SITE_QUANTITIES,
-    SUMMARIES,
-    TENSORS,
     ExtractSpec,
-    Quantity,
     quantity,
 )
 from attnscope.questions import strong_edges, strong_heads
@@ -59,17 +64,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
 
 MISSING, EXTRACTED, LEFT_OUT = 0, 1, 2
-THUMBNAIL_PIXELS = 224
-WHOLE_RUN = frozenset({"id", "text", "regions"})
 """What is known of all samples before the first is extracted."""
-_CHUNK_BYTES = 2**20
-_UNIT_BYTES = 2**27
-_UNIT_LIMIT = 64
-_DENSE_DTYPE = {"float16": "float16", "exact": "float32", "compact": "uint8"}
-_DENSE_BOUND = {"float16": "2.5e-4", "float32": "2e-6", "uint8": "3.92e-3"}
-# The checksum of the decoded values doesn't cover the header of a zstd frame; that of the stored bytes does.
-_COMPRESSORS = (zarr.codecs.ZstdCodec(level=1, checksum=True), zarr.codecs.Crc32cCodec())
-_BFLOAT16_NAN = 0x7FC0
 _UNREADABLE = "{!r} has a zarr.json that can't be read; restore that file from a copy, or extract into another place"
 _MAKING: dict[str, Any] = {"making": "attnscope run"}
 
@@ -90,97 +85,6 @@ class MissingQuantity(RunError):
     """A run does not hold what was asked of it."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a layer makes attention of query and key, beyond the rules that are stored sample by sample.
-
-    score = scale * query . key, then softcap * tanh(score / softcap) where there is one; a query at position i stands
-    at key position i + causal_offset, and attends to keys nearer than `window`. `sinks` are one extra score a head.
-    """
-
-    scale: float
-    softcap: float | None = None
-    window: int | None = None
-    causal_offset: int = 0
-    sinks: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True)
-class SitePlan:
-    """One kind of attention between streams over layers: its streams, layers and sizes.
-
-    `call_numbers` tell calls of one module apart; -1 stands for all of them, whose tokens are put together. `dtype` is
-    the model's, in which query and key are stored; `recipes` (one a layer) stand where the form is 'factored'.
-    """
-
-    queries: str
-    keys: str
-    layers: tuple[int, ...]
-    modules: tuple[str, ...]
-    heads: int
-    kv_heads: int
-    query_tokens: int
-    key_tokens: int
-    channels: int = 0
-    value_channels: int = 0
-    call_numbers: tuple[int, ...] = ()
-    kernels: tuple[str, ...] = ()
-    guessed: bool = False
-    form: str = "dense"
-    dtype: str = "float32"
-    recipes: tuple[Recipe, ...] = ()
-
-    @property
-    def factored_bytes(self) -> int:
-        """Bytes of query, key and log-sum-exp of one sample, all layers."""
-        item = 4 if self.dtype == "float32" else 2
-        rows = self.heads * self.query_tokens
-        return len(self.layers) * (item * self.channels * (rows + self.kv_heads * self.key_tokens) + 4 * rows)
-
-    def stored(self, spec: ExtractSpec) -> frozenset[str]:
-        """Names of the site quantities that are stored for a spec: factored attention is its factors and rules."""
-        names = spec.recorded & set(SITE_QUANTITIES)
-        if "attention" in names and self.form == "factored":
-            names = names - {"attention"} | FACTORS | RULES
-        return names | {"query_valid"}
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """The sizes of a run: tokens of each stream, the sites, and how many samples make a block."""
-
-    streams: Mapping[str, int]
-    sites: Mapping[str, SitePlan]
-    unit: int
-    conditions: tuple[str, ...] = ("intact",)
-    thumbnails: bool = False
-
-    def sizes(self, site: SitePlan | None = None) -> dict[str, int]:
-        """The length of every dimension but `sample` and `token`."""
-        sizes = {"condition": len(self.conditions), "colour": 3}
-        sizes |= {"image_row": THUMBNAIL_PIXELS, "image_column": THUMBNAIL_PIXELS}
-        if site is not None:
-            sizes |= {"layer": len(site.layers), "head": site.heads, "kv_head": site.kv_heads}
-            sizes |= {"query_token": site.query_tokens, "key_token": site.key_tokens}
-            sizes |= {"channel": site.channels, "value_channel": site.value_channels}
-            sizes |= {"rank": min(RANKS, site.key_tokens), "query_kind": len(KINDS), "key_kind": len(KINDS)}
-        return sizes
-
-    def sample_bytes(self, spec: ExtractSpec) -> int:
-        """Bytes that one sample takes before compression, all site quantities of the spec together."""
-        return sum(
-            _item_bytes(SITE_QUANTITIES[name], spec, site) * _count(SITE_QUANTITIES[name], self.sizes(site))
-            for site in self.sites.values()
-            for name in site.stored(spec) - RULES
-        )
-
-
-def unit_for(bytes_per_sample: int, samples: int, batch_size: int = 1) -> int:
-    """Samples per block: a power of two that keeps a block near 128 MiB, at least a batch, at most what there is."""
-    fitting = min(_UNIT_LIMIT, max(1, _UNIT_BYTES // max(1, bytes_per_sample)))
-    return max(1 << (min(fitting, max(samples, 1)).bit_length() - 1), batch_size)
-
-
 class Run:
     """An extracted run; open it with `open_run`, make it with `Run.create`."""
 
@@ -189,7 +93,7 @@ class Run:
         self.location = location
         self._group = open_group(store, mode="r" if store.read_only else "r+")
         self._arrays: dict[str, zarr.Array] = {}
-        self.plan = _plan_from_attrs(self._group.attrs["plan"])  # type: ignore[arg-type]
+        self.plan = plan_from_attrs(self._group.attrs["plan"])  # type: ignore[arg-type]
 
     # -- making -----------------------------------------------------------------------------------------------------
 
@@ -224,15 +128,15 @@ class Run:
                 _check_free(store, name)
             _check_free(store, name)
             root = _empty_root(store)
-            for array in _arrays_of(plan, spec, len(samples)):
-                _create_array(root, array, plan.unit)
+            for array in arrays_of(plan, spec, len(samples)):
+                create_array(root, array, plan.unit)
             for site_name, site in plan.sites.items():
-                _write_site_coordinates(root.require_group(site_name), site)
+                write_site_coordinates(root.require_group(site_name), site)
             root.require_group("outputs").attrs["conditions"] = list(plan.conditions)
             root.require_group("analyses")
             header: dict[str, Any] = {
                 **attrs,
-                "plan": _plan_to_attrs(plan),
+                "plan": plan_to_attrs(plan),
                 "spec": spec.to_json(),
                 "versions": versions(),
                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -287,8 +191,8 @@ class Run:
             if rectangular and name == "key":
                 row = replace(row, dims=(*row.dims[:-1], "key_feature"))
             if path not in self._group:
-                _create_array(self._group, _ArrayPlan(path, row, (len(plan.layers), *values.shape), row.dtype), 1)
-                _write_layers(self._group[f"weights/{site}"], plan)  # type: ignore[arg-type]
+                create_array(self._group, ArrayPlan(path, row, (len(plan.layers), *values.shape), row.dtype), 1)
+                write_layers(self._group[f"weights/{site}"], plan)  # type: ignore[arg-type]
                 self._group["weights"].attrs["members"] = _note_members(self._group["weights"])  # type: ignore[arg-type]
             self._array(path)[layer] = values
 
@@ -315,11 +219,11 @@ class Run:
             return False
         delete(self.store, f"{path}/zarr.json")
         if path in arrays:
-            _create_array(self._group, arrays[path], self.plan.unit)
+            create_array(self._group, arrays[path], self.plan.unit)
         elif path in groups:
             self._group.require_group(path)
         for of_site in {site, path} & set(self.plan.sites):
-            _write_site_coordinates(self._group.require_group(of_site), self.plan.sites[of_site])
+            write_site_coordinates(self._group.require_group(of_site), self.plan.sites[of_site])
         if path == "outputs":
             self._group["outputs"].attrs["conditions"] = list(self.plan.conditions)
         self._arrays.clear()
@@ -545,7 +449,7 @@ class Run:
             raise RunError(f"{self.location} was opened for reading only")
         group = f"analyses/{name}"
         plain = _without_text_dtypes(result)
-        checked: dict[Hashable, object] = {name: {"compressors": _COMPRESSORS} for name in plain.variables}
+        checked: dict[Hashable, object] = {name: {"compressors": COMPRESSORS} for name in plain.variables}
         plain.to_zarr(
             self.store,
             group=group,
@@ -567,10 +471,10 @@ class Run:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _planned(self) -> "list[_ArrayPlan]":
+    def _planned(self) -> "list[ArrayPlan]":
         for path in ("samples/id", "samples/status"):
             try:
-                return list(_arrays_of(self.plan, self.spec, self._array(path).shape[0]))
+                return list(arrays_of(self.plan, self.spec, self._array(path).shape[0]))
             except (KeyError, ValueError):
                 continue
         raise BrokenRun(f"{self.location} has lost the number of its samples; restore it from a copy")
@@ -600,7 +504,7 @@ class Run:
 
     def _bound(self, plan: SitePlan) -> str:
         """Largest difference from the softmax of the model's own query and key."""
-        return _DENSE_BOUND["float32" if plan.form == "factored" else _DENSE_DTYPE[self.spec.encoding]]
+        return DENSE_BOUND["float32" if plan.form == "factored" else _DENSE_DTYPE[self.spec.encoding]]
 
     def _array(self, path: str) -> zarr.Array:
         # Opening an array reads its metadata file: keep what was opened.
@@ -723,166 +627,6 @@ def _note_members(group: zarr.Group) -> list[str]:
     for _, child in group.groups():
         child.attrs["members"] = _note_members(child)
     return sorted(name for name, _ in group.members())
-
-
-def planned_arrays(plan: RunPlan, spec: ExtractSpec, samples: int) -> dict[str, zarr.Array]:
-    """The arrays of a new run of this plan by path, weights aside: how they are to be stored, in memory and empty."""
-    root = zarr.create_group(MemoryStore())
-    for array in _arrays_of(plan, spec, samples):
-        _create_array(root, array, plan.unit)
-    return {path: array for path, array in root.members(max_depth=None) if isinstance(array, zarr.Array)}
-
-
-@dataclass(frozen=True)
-class _ArrayPlan:
-    """One array to be made: where, its table row, its shape and how it is stored."""
-
-    path: str
-    row: Quantity
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def item_bytes(self) -> int:
-        return 64 if self.dtype == "string" else 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
-
-    @property
-    def attrs(self) -> dict[str, object]:
-        attrs: dict[str, object] = {"long_name": self.row.meaning, "units": self.row.units}
-        if self.row.group == "site" and self.row.name == "attention":
-            attrs["bound"] = _DENSE_BOUND[self.dtype]
-        if self.dtype == "bfloat16":
-            attrs["encoded"] = "bfloat16: the upper half of a float32's bits"
-        if self.row.name == "attention" and self.dtype == "uint8":
-            attrs["encoded"] = "compact: places in attention_of_code"
-        if "query_kind" in self.row.dims:
-            attrs["kinds"] = " ".join(KINDS)
-        if self.row.group == "stream" and self.row.name == "kind":
-            attrs |= {"flag_values": list(range(len(KINDS))), "flag_meanings": " ".join(KINDS)}
-        return attrs
-
-
-def _arrays_of(plan: RunPlan, spec: ExtractSpec, samples: int) -> Iterable[_ArrayPlan]:
-    """Every array that a run of this plan holds, weights aside."""
-
-    def planned(path: str, row: Quantity, sizes: Mapping[str, int], dtype: str | None = None) -> _ArrayPlan:
-        shape = tuple(samples if d == "sample" else sizes[d] for d in row.dims)
-        return _ArrayPlan(path, row, shape, dtype or row.dtype)
-
-    for name in ("id", "text", "regions", "image_digest", "reason", "status"):
-        yield planned(f"samples/{name}", quantity("samples", name), plan.sizes())
-    if plan.thumbnails:
-        yield planned("samples/thumbnail", quantity("samples", "thumbnail"), plan.sizes())
-    for stream, tokens in plan.streams.items():
-        for name in ("token_text", "kind", "row", "column"):
-            yield planned(f"{stream}/{name}", quantity("stream", name), {"token": tokens})
-    for name, site in plan.sites.items():
-        for stored in sorted(site.stored(spec)):
-            row = SITE_QUANTITIES[stored]
-            dtype = _stored_dtype(row, spec, site)
-            yield planned(f"{name}/{stored}", row, plan.sizes(site), dtype)
-            if stored == "attention" and dtype == "uint8":
-                yield planned(f"{name}/attention_of_code", quantity("site", "attention_of_code"), {"code": 256})
-    if "score" in spec.quantities or spec.needs_gradient:
-        yield planned("outputs/score", quantity("outputs", "score"), plan.sizes())
-
-
-def _create_array(root: zarr.Group, array: _ArrayPlan, unit: int) -> None:
-    chunks, shards = _chunks(array.row, array.shape, unit, array.item_bytes)
-    bits = array.dtype == "bfloat16"
-    root.create_array(
-        array.path,
-        shape=array.shape,
-        dtype=str if array.dtype == "string" else "uint16" if bits else array.dtype,
-        chunks=chunks,
-        shards=shards,
-        # Queries, keys and values don't compress (1.08 times, measured), which would only cost time.
-        compressors=_COMPRESSORS[1:] if array.row.group == "site" and array.row.name in TENSORS else _COMPRESSORS,
-        fill_value=_BFLOAT16_NAN if bits else 0 if array.dtype == "uint8" else array.row.fill,
-        dimension_names=array.row.dims,
-        attributes=array.attrs,  # type: ignore[arg-type]
-    )
-
-
-def _chunks(
-    row: Quantity, shape: tuple[int, ...], unit: int, itemsize: int
-) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Chunk near 1 MiB; shard of a whole block, and of one layer where layers are written one by one."""
-    block = [min(unit, n) if d == "sample" else 1 if d == "layer" else n for d, n in zip(row.dims, shape, strict=True)]
-    layers = shape[1] if row.group == "site" and row.name in SUMMARIES else 1
-    if row.group == "samples" and row.name in WHOLE_RUN:
-        block[0] = min(shape[0], 2**16)
-    chunk = list(block)
-    for axis in (row.dims.index(d) for d in ("sample", "head", "kv_head") if d in row.dims):
-        while chunk[axis] > 1 and int(np.prod(chunk)) * itemsize > _CHUNK_BYTES and row.dtype != "string":
-            chunk[axis] = _next_divisor(block[axis], chunk[axis])
-    if layers > 1:
-        # Written together, so that a question over all samples opens few files; read together where they are small.
-        block[1] = layers
-        chunk[1] = layers if layers * int(np.prod(chunk)) * itemsize <= _CHUNK_BYTES else 1
-    block = [max(1, n) for n in block]
-    chunk = [max(1, n) for n in chunk]
-    return tuple(chunk), None if chunk == block else tuple(block)
-
-
-def _next_divisor(whole: int, below: int) -> int:
-    return next(n for n in range(below - 1, 0, -1) if whole % n == 0)
-
-
-def _stored_dtype(row: Quantity, spec: ExtractSpec, site: SitePlan) -> str:
-    if row.name == "attention":
-        return _DENSE_DTYPE[spec.encoding]
-    if row.name == "top_value":
-        return "float16" if spec.encoding == "float16" and site.form == "dense" else "float32"
-    return site.dtype if row.name in TENSORS else row.dtype
-
-
-def _item_bytes(row: Quantity, spec: ExtractSpec, site: SitePlan) -> int:
-    dtype = _stored_dtype(row, spec, site)
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
-
-
-def _count(row: Quantity, sizes: Mapping[str, int]) -> int:
-    return int(np.prod([sizes[d] for d in row.dims if d != "sample"]))
-
-
-def _write_site_coordinates(group: zarr.Group, site: SitePlan) -> None:
-    group.attrs.put({"queries": site.queries, "keys": site.keys, "modules": list(site.modules),
-                     "kernels": list(site.kernels), "guessed": site.guessed, "form": site.form,
-                     "recipes": [asdict(r) for r in site.recipes]})  # fmt: skip
-    _write_layers(group, site)
-    _write_numbers(group, "head", np.arange(site.heads))
-    if "attention_of_code" in group:
-        group["attention_of_code"][:] = ATTENTION_OF_CODE  # type: ignore[index]
-
-
-def _write_layers(group: zarr.Group, site: SitePlan) -> None:
-    _write_numbers(group, "layer", np.array(site.layers, np.int64))
-
-
-def _write_numbers(group: zarr.Group, name: str, numbers: np.ndarray) -> None:
-    group.create_array(name, data=numbers, dimension_names=(name,), compressors=_COMPRESSORS, overwrite=True)
-
-
-def _plan_to_attrs(plan: RunPlan) -> dict[str, object]:
-    return json.loads(json.dumps(asdict(plan)))
-
-
-def _plan_from_attrs(plain: Mapping[str, object]) -> RunPlan:
-    sites = {}
-    for name, fields in plain["sites"].items():  # type: ignore[attr-defined]
-        recipes = tuple(
-            Recipe(**r | {"sinks": None if r["sinks"] is None else tuple(r["sinks"])}) for r in fields["recipes"]
-        )
-        plainly: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        sites[name] = SitePlan(**plainly | {"recipes": recipes})
-    return RunPlan(
-        streams=dict(plain["streams"]),  # type: ignore[call-overload]
-        sites=sites,
-        unit=int(plain["unit"]),  # type: ignore[call-overload]
-        conditions=tuple(plain["conditions"]),  # type: ignore[arg-type]
-        thumbnails=bool(plain["thumbnails"]),
-    )
 
 
 def _strings(values: Iterable[str]) -> np.ndarray:

@@ -9,8 +9,9 @@ import numpy as np
 import xarray as xr
 
 from attnscope.analysis import Analyser, analyse
+from attnscope.plan import RunPlan, SitePlan
 from attnscope.quantities import RANKS, ExtractSpec
-from attnscope.run import EXTRACTED, Run, RunPlan, SitePlan
+from attnscope.run import EXTRACTED, Run
 from attnscope.samples import Region, Sample
 from attnscope.tokens import KINDS, TokenLayout, grid_layout
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from attnscope.attention_array import ATTENTION_OF_CODE
+from attnscope.plan import SitePlan
 from attnscope.quantities import SITE_QUANTITIES, SUMMARIES
 from attnscope.recording import AttentionCall
-from attnscope.run import Run, SitePlan
+from attnscope.run import Run
 from attnscope.stores import full_disk_told
 from attnscope.tokens import TokenLayout
 

@@ -17,7 +17,7 @@ import pytest
 import zarr
 from click.testing import CliRunner
 
-import attnscope.run
+import attnscope.plan
 from attnscope.checking import check_run
 from attnscope.cli import main
 from attnscope.extraction import DeadlineReached, extract
@@ -32,11 +32,11 @@ _NURSERY = """
 import os, sys
 import torch
 from transformers import BertModel
-import attnscope.extraction, attnscope.run
+import attnscope.extraction, attnscope.plan
 from attnscope.quantities import ExtractSpec
 
 folder, samples, unit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-attnscope.run._UNIT_LIMIT = unit
+attnscope.plan._UNIT_LIMIT = unit
 model = BertModel.from_pretrained(folder)
 generator = torch.Generator().manual_seed(0)
 inputs = [{"input_ids": torch.randint(5, 20, (1, 6 + i % 5), generator=generator)} for i in range(samples)]
@@ -227,7 +227,7 @@ def command_line(*arguments: str) -> tuple[int, str]:
 def test_a_full_disk_is_one_sentence_and_leaves_a_run_that_is_finished_later(
     small_disk: Path, tiny_bert: Path, captioned_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attnscope.run, "_UNIT_LIMIT", 1)
+    monkeypatch.setattr(attnscope.plan, "_UNIT_LIMIT", 1)
     out = small_disk / "run.zarr"
     arguments = ["extract", str(tiny_bert), str(captioned_images), "--batch-size", "1", "--out"]
     with pytest.raises(DeadlineReached):

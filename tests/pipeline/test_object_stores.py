@@ -27,7 +27,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore
 
 import attnscope.extraction
-import attnscope.run
+import attnscope.plan
 from attnscope.analysis import analyse, make_analyser
 from attnscope.checking import check_run
 from attnscope.claims import Claims
@@ -188,7 +188,7 @@ def test_every_command_works_on_a_bucket(bucket: str, tiny_vit: Path, captioned_
 def test_several_extract_into_one_bucket_and_no_block_is_done_twice(
     bucket: str, tiny_bert: Path, captioned_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attnscope.run, "_UNIT_LIMIT", 1)
+    monkeypatch.setattr(attnscope.plan, "_UNIT_LIMIT", 1)
     done: list[int] = []
     whole = attnscope.extraction._extract_block
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from attnscope.arrays import DENSE_BOUND
+from attnscope.plan import _DENSE_DTYPE
 from attnscope.quantities import ENCODINGS, QUANTITIES, RULES, SCHEMA_VERSION, SUMMARIES, ExtractSpec, union
-from attnscope.run import _DENSE_BOUND, _DENSE_DTYPE
 from attnscope.testing import make_run
 from attnscope.tokens import KINDS
 
@@ -40,7 +41,7 @@ def test_the_page_names_kinds_rules_encodings_and_the_version() -> None:
     assert f"this is version {SCHEMA_VERSION}" in PAGE
     for encoding in ENCODINGS:
         row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{encoding}`"))
-        assert row.endswith(f"| {_DENSE_BOUND[_DENSE_DTYPE[encoding]]} |")
+        assert row.endswith(f"| {DENSE_BOUND[_DENSE_DTYPE[encoding]]} |")
 
 
 def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

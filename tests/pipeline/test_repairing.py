@@ -25,7 +25,7 @@ SPEC = ExtractSpec(frozenset({"attention", "attention_relevance", "score", "weig
 def sound(tiny_clip: Path, captioned_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sound") / "run.zarr"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("attnscope.run._UNIT_LIMIT", 2)
+        patch.setattr("attnscope.plan._UNIT_LIMIT", 2)
         extract(tiny_clip, captioned_images, out=out, spec=SPEC, batch_size=1)
     return out
 

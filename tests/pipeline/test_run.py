@@ -19,8 +19,9 @@ from attnscope.attention_array import to_float32
 from attnscope.checking import check_run
 from attnscope.extraction import extract
 from attnscope.loading import ModelError
+from attnscope.plan import unit_for
 from attnscope.quantities import QUANTITIES, ExtractSpec, union
-from attnscope.run import MissingQuantity, Run, RunError, open_run, unit_for
+from attnscope.run import MissingQuantity, Run, RunError, open_run
 from attnscope.testing import make_run
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
+from attnscope.plan import RunPlan, SitePlan
 from attnscope.quantities import ExtractSpec
-from attnscope.run import EXTRACTED, Run, RunPlan, SitePlan
+from attnscope.run import EXTRACTED, Run
 from attnscope.samples import Sample
 from attnscope.selection import SelectionError, choose
 from attnscope.testing import make_run

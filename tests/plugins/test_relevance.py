@@ -9,8 +9,9 @@ import xarray as xr
 import attnscope_relevance as rel
 from attnscope import Run, Sample, analyse
 from attnscope.analysis import make_analyser
+from attnscope.plan import RunPlan, SitePlan
 from attnscope.quantities import ExtractSpec
-from attnscope.run import EXTRACTED, LEFT_OUT, RunPlan, SitePlan
+from attnscope.run import EXTRACTED, LEFT_OUT
 from attnscope.testing import check_analyser, make_run
 from attnscope.tokens import KIND_CODES, TokenLayout, text_layout
 from attnscope_relevance import Relevance

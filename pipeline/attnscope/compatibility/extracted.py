@@ -9,10 +9,11 @@ from attnscope.capturing import Places
 from attnscope.compatibility.examples import Inputs
 from attnscope.compatibility.witness import forward
 from attnscope.extraction import extract
+from attnscope.plan import SitePlan
 from attnscope.quantities import ExtractSpec
 from attnscope.ready import collated, cut_batch
 from attnscope.recording import AttentionCall, Recording, recording
-from attnscope.run import Run, SitePlan
+from attnscope.run import Run
 
 SPEC = ExtractSpec(encoding="exact")
 

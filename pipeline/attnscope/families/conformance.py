@@ -11,9 +11,9 @@ import torch
 from attnscope.families import Fold, Inputs, ModelFamily, Placement
 from attnscope.families.weights import projections
 from attnscope.loading import LoadedModel
+from attnscope.plan import SitePlan
 from attnscope.planning import check_output, fold_of, run_model
 from attnscope.recording import AttentionCall, recording
-from attnscope.run import SitePlan
 from attnscope.tokens import KIND_CODES, TokenLayout
 
 _TOLERANCE = 1e-3

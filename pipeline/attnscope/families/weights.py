@@ -8,7 +8,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from attnscope.run import SitePlan
+    from attnscope.plan import SitePlan
 
 _PAIRS = (
     ("q_proj", "k_proj"),
