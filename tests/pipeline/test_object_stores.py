@@ -262,13 +262,16 @@ def test_a_place_that_holds_other_things_is_respected(bucket: str, tiny_vit: Pat
 
 
 def test_a_server_that_does_not_answer_is_told_soon_and_may_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment(monkeypatch, f"http://127.0.0.1:{free_ports(1)[0]}")
-    started = time.monotonic()
-    assert told("query", "s3://runs/run.zarr").startswith("'s3://runs/run.zarr' can't be reached (")
-    assert time.monotonic() - started < 20
-    with pytest.raises(Unreachable) as failure:
-        open_store("s3://runs/run.zarr")
-    assert can_pass(failure.value)
+    # Bound but not listening: it refuses, and no other process is given the port meanwhile.
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        environment(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        assert told("query", "s3://runs/run.zarr").startswith("'s3://runs/run.zarr' can't be reached (")
+        assert time.monotonic() - started < 20
+        with pytest.raises(Unreachable) as failure:
+            open_store("s3://runs/run.zarr")
+        assert can_pass(failure.value)
 
 
 def test_without_permission_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
