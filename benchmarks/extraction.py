@@ -1,6 +1,6 @@
 """What extraction costs beside the bare forward, and beside what else reads attention.
 
-    python benchmarks/extraction.py [--rounds 5] [--peers] [--quick]
+    python benchmarks/extraction.py [--rounds 5] [--case NAME]
 
 Each case runs the contenders one after the other, round after round, in one process, and gives medians and the ratio
 of medians; peak memory is that of a process of its own for each contender. Weights are random and wide. Wall time of
@@ -68,7 +68,7 @@ def bert(batch: int, batches: int, tokens: int = 128) -> tuple[torch.nn.Module, 
 CASES: dict[str, Callable[[], tuple[torch.nn.Module, Batches]]] = {
     "ViT-B/16, batch 8": lambda: vit(8, 3),
     "ViT-B/16, batch 1": lambda: vit(1, 8),
-    "decoder, 2048 tokens, batch 1": lambda: decoder(1, 2),
+    "decoder, 2048 tokens, batch 1": lambda: decoder(1, 1),
     "BERT-base, 128 tokens, batch 8": lambda: bert(8, 3),
 }
 
@@ -128,7 +128,7 @@ def nnsight_trace(model: torch.nn.Module, batches: Batches, folder: Path) -> flo
 
 
 def transformer_lens_cache(model: torch.nn.Module, batches: Batches, folder: Path) -> float:
-    """Seconds of TransformerLens running a BERT of the same size with a cache of its patterns."""
+    """Seconds of TransformerLens (before 4.0) running a BERT of the same size with a cache of its patterns."""
     import transformer_lens
 
     config = transformer_lens.HookedTransformerConfig(
