@@ -1,6 +1,7 @@
 """From an error to one sentence and an exit code: 1 when the data is at fault, 2 when the command is."""
 
 import errno
+import logging
 import os
 from collections.abc import Callable
 from types import TracebackType
@@ -46,6 +47,8 @@ def wants_traceback() -> bool:
 def explain(error: BaseException) -> tuple[int, str]:
     """The exit code and the sentence for an error."""
     if isinstance(error, click.Abort | KeyboardInterrupt):
+        # Stores have requests under way in a thread of theirs; that these are dropped now is no news.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         return INTERRUPTED, "interrupted; what was finished is kept, and the same command goes on where it stopped"
     if type(error).__module__.partition(".")[0] == "attnscope":
         blames_data = any(cls.__name__ in _BLAME_DATA for cls in type(error).__mro__)
