@@ -40,7 +40,7 @@ CORE = (
     "repairing",
 )
 ANALYSIS = ("statistics", "report", "plugins", "analysis", "rendering")
-EMBEDDED = ("embedded",)
+EMBEDDED = ("embedded", "reference")
 MODEL_LINE = (
     "recording",
     "families",

@@ -118,8 +118,8 @@ def extract(
     model
         A hub name, a folder with safetensors, `embedded:NAME`, or a loaded module.
     samples
-        A source (see `read_samples`), `embedded:photographs` or `embedded:sentences`, an iterable of `Sample`, or of
-        ready inputs: dicts of tensors with a leading batch axis.
+        A source (see `read_samples`), `reference:[SPLIT:]N`, `embedded:photographs` or `embedded:sentences`, an
+        iterable of `Sample`, or of ready inputs: dicts of tensors with a leading batch axis.
     analysers, spec
         What to record: the union of what the analysers require and the spec; without analysers the spec defaults to
         the attention of every layer, and with them attention is recorded as well unless a spec is given.
@@ -184,6 +184,10 @@ def _listed(
 
 
 def _from_source(source: str, limit: int | None) -> list[Sample]:
+    if source.startswith("reference:"):
+        from attnscope.reference import read_reference
+
+        return read_reference(source, limit)
     if not source.startswith("embedded:"):
         return read_samples(source, limit)
     from attnscope.embedded import embedded_samples

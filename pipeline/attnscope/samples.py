@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -28,16 +30,47 @@ class SampleError(ValueError):
 
 
 @dataclass(frozen=True)
+class Mask:
+    """Which pixels of an image belong to something, run-length encoded.
+
+    `size` is (rows, columns) of the image; `counts` are the lengths of alternating runs of pixels outside and inside,
+    down the columns from the left, beginning outside: COCO's uncompressed encoding.
+    """
+
+    size: tuple[int, int]
+    counts: tuple[int, ...]
+
+    def pixels(self) -> np.ndarray:
+        """The mask itself, (row, column) bool."""
+        inside = np.arange(len(self.counts)) % 2 == 1
+        return np.repeat(inside, self.counts).reshape(self.size[::-1]).T
+
+
+def encode_mask(pixels: np.ndarray) -> Mask:
+    """A mask (row, column) bool in its run-length encoding."""
+    flat = np.asarray(pixels, bool).T.ravel()
+    # A run begins where a pixel differs from the one before it, and the first run lies outside.
+    ends = (np.flatnonzero(flat[1:] != flat[:-1]) + 1).tolist()
+    if flat.size and flat[0]:
+        ends.insert(0, 0)
+    starts = [0, *ends]
+    return Mask(
+        (pixels.shape[0], pixels.shape[1]), tuple(b - a for a, b in zip(starts, [*ends, flat.size], strict=True))
+    )
+
+
+@dataclass(frozen=True)
 class Region:
     """A part of a sample: a box in image pixels, the phrase that names it, or both.
 
     `box` is (left, top, right, bottom) in pixels of the original image; `span` is (first, past-the-last) character of
-    the phrase in the sample's text.
+    the phrase in the sample's text; `mask` says which pixels of the original image belong to it, where that is known.
     """
 
     phrase: str | None = None
     box: tuple[float, float, float, float] | None = None
     span: tuple[int, int] | None = None
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +159,17 @@ def unique_ids(samples: Iterable[Sample]) -> list[Sample]:
         seen.add(sample.id)
         result.append(sample)
     return result
+
+
+def regions_from(text: str) -> tuple[Region, ...]:
+    """The regions of a sample as a run holds them, in JSON.
+
+    Raises
+    ------
+    SampleError
+        When they aren't a list of regions.
+    """
+    return tuple(_region_of(region) for region in _list_of(text))
 
 
 def _from_folder(folder: Path) -> Iterator[Sample]:
@@ -234,12 +278,13 @@ def _list_of(value: object) -> Sequence[object]:
 
 def _region_of(value: object) -> Region:
     if not isinstance(value, Mapping):
-        raise SampleError(f"region is a {type(value).__name__}, not a mapping of phrase, box, span")
-    box, span, phrase = value.get("box"), value.get("span"), value.get("phrase")
+        raise SampleError(f"region is a {type(value).__name__}, not a mapping of phrase, box, span, mask")
+    box, span, phrase, mask = (value.get(name) for name in ("box", "span", "phrase", "mask"))
     return Region(
         phrase=None if phrase is None else str(phrase),
         box=None if box is None else _box_of(box),
         span=None if span is None else _span_of(span),
+        mask=None if mask is None else _mask_of(mask),
     )
 
 
@@ -259,6 +304,17 @@ def _span_of(value: object) -> tuple[int, int]:
     except (TypeError, ValueError):
         raise SampleError(f"span {value!r} is not two numbers (first, past-the-last character)") from None
     return start, stop
+
+
+def _mask_of(value: object) -> Mask:
+    try:
+        rows, columns = (int(v) for v in value["size"])  # type: ignore[index]
+        counts = tuple(int(v) for v in value["counts"])  # type: ignore[index]
+    except (TypeError, ValueError, KeyError, IndexError):
+        raise SampleError("mask is not a mapping of size (rows, columns) and counts (lengths of runs)") from None
+    if min(rows, columns, *counts) < 0 or sum(counts) != rows * columns:
+        raise SampleError(f"mask of {sum(counts)} pixels in runs does not fill its {rows} x {columns} pixels")
+    return Mask((rows, columns), counts)
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, object] | str]:
