@@ -49,6 +49,7 @@ MODEL_LINE = (
     "writing",
     "summaries",
     "planning",
+    "growing",
     "proving",
     "batching",
     "capturing",

@@ -15,6 +15,7 @@ from attnscope.tokens import KINDS
 
 WHOLE_RUN = frozenset({"id", "text", "regions"})
 _CHUNK_BYTES = 2**20
+_NAMES_AT_ONCE = 2**12
 DENSE_BOUND = {"float16": "2.5e-4", "float32": "2e-6", "uint8": "3.92e-3"}
 # The checksum of the decoded values doesn't cover the header of a zstd frame; that of the stored bytes does.
 COMPRESSORS = (zarr.codecs.ZstdCodec(level=1, checksum=True), zarr.codecs.Crc32cCodec())
@@ -104,10 +105,11 @@ def _chunks(
     row: Quantity, shape: tuple[int, ...], unit: int, itemsize: int
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     """Chunk near 1 MiB; shard of a whole block, and of one layer where layers are written one by one."""
-    block = [min(unit, n) if d == "sample" else 1 if d == "layer" else n for d, n in zip(row.dims, shape, strict=True)]
+    # The number of samples doesn't matter, since it may grow.
+    block = [unit if d == "sample" else 1 if d == "layer" else n for d, n in zip(row.dims, shape, strict=True)]
     layers = shape[1] if row.group == "site" and row.name in SUMMARIES else 1
     if row.group == "samples" and row.name in WHOLE_RUN:
-        block[0] = min(shape[0], 2**16)
+        block[0] = _NAMES_AT_ONCE
     chunk = list(block)
     for axis in (row.dims.index(d) for d in ("sample", "head", "kv_head") if d in row.dims):
         while chunk[axis] > 1 and int(np.prod(chunk)) * itemsize > _CHUNK_BYTES and row.dtype != "string":

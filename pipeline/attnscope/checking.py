@@ -171,7 +171,7 @@ def _misshapen(run: Run, arrays: dict[str, zarr.Array]) -> Iterator[Fault]:
 
 def _edited(run: Run, arrays: dict[str, zarr.Array]) -> Iterator[Fault]:
     """Arrays that are not stored as a run of this plan stores them."""
-    counts = [arrays[path].shape[0] for path in ("samples/id", "samples/status") if path in arrays]
+    counts = [arrays[path].shape[0] for path in ("samples/status", "samples/id") if path in arrays]
     if not counts:
         return
     for path, planned in planned_arrays(run.plan, run.spec, counts[0]).items():

@@ -23,6 +23,7 @@ from attnscope.claims import POLL, Claims
 from attnscope.families import GENERIC, Inputs
 from attnscope.families.layouts import DEFAULT_LAYOUTS
 from attnscope.families.weights import projections
+from attnscope.growing import in_stored_order, with_room
 from attnscope.loading import LoadedModel, load_model
 from attnscope.plan import THUMBNAIL_PIXELS
 from attnscope.planning import (
@@ -88,6 +89,7 @@ class _Job:
     batch_size: int
     writer: BlockWriter
     places: Places
+    check: Callable[[], None]
 
 
 def extract(
@@ -108,6 +110,7 @@ def extract(
     trust_remote_code: bool = False,
     batch_size: int | None = None,
     limit: int | None = None,
+    grow: bool = False,
     progress: Callable[[Progress], None] | None = None,
     deadline: float | None = None,
 ) -> Run:
@@ -129,14 +132,50 @@ def extract(
         The scalar that gradients are taken of, see `ExtractSpec`.
     encoding, form, summaries
         How attention is stored, and whether its summaries are, see `ExtractSpec`.
+    grow
+        Whether samples that the run doesn't know yet are added behind those that it has.
     deadline
-        Seconds after which no further block is begun.
+        Seconds after which the block in hand is given up, and no further one is begun.
 
     Raises
     ------
     ModelError, SampleError, RunError, StoreError, RecordingError, UnrecordedAttention
         Each with one sentence that says what to do.
     """
+    begun = begin_extraction(
+        model, samples, analysers, out, spec=spec, target=target, encoding=encoding, form=form, summaries=summaries,
+        device=device, dtype=dtype, attn_implementation=attn_implementation, revision=revision,
+        trust_remote_code=trust_remote_code, batch_size=batch_size, limit=limit, grow=grow, progress=progress,
+        deadline=deadline,
+    )  # fmt: skip
+    for _ in begun.blocks():
+        pass
+    return begun.run
+
+
+def begin_extraction(
+    model: str | Path | torch.nn.Module,
+    samples: "str | Path | Iterable[Sample] | Iterable[Mapping[str, torch.Tensor]]",
+    analysers: "Iterable[Analyser]" = (),
+    out: str | Path | Store | None = None,
+    *,
+    spec: ExtractSpec | None = None,
+    target: str | int | None = None,
+    encoding: str | None = None,
+    form: str | None = None,
+    summaries: bool | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    grow: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    deadline: float | None = None,
+) -> "Extraction":
+    """Load the model, and make the run or open the one that was begun; what `extract` does before the first block."""
     started = time.monotonic()
     wanted = _wanted(analysers, spec, target=target, encoding=encoding, form=form, summaries=summaries)
     listed, ready = _listed(samples, limit)
@@ -148,13 +187,29 @@ def extract(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    report = _Reporter(progress, started, len(listed))
+    report = _Reporter(progress, started, len(listed), deadline)
     with _evaluation(loaded.model), full_disk_told():
-        prepared = prepare(listed, loaded) if ready is None else Prepared(listed, text_lengths(ready), {})
         source = str(samples) if isinstance(samples, str | Path) else ""
-        run = _open_or_create(loaded, wanted, prepared, ready, (out, source), batch_size, report)
-        _extract_blocks(loaded, run, wanted, prepared, ready, batch_size, report, deadline)
-    return run
+        run, prepared = _open_or_create(loaded, wanted, (listed, ready), (out, source), batch_size, grow, report)
+    report.total = len(prepared.samples)
+    return Extraction(loaded, run, run.spec, prepared, ready, batch_size, report)
+
+
+@dataclass
+class Extraction:
+    """An extraction that has begun: the model is loaded, and the run is there."""
+
+    loaded: LoadedModel
+    run: Run
+    spec: ExtractSpec
+    prepared: Prepared
+    ready: Sequence[Inputs] | None
+    batch_size: int | None
+    report: "_Reporter"
+
+    def blocks(self) -> Iterator[range]:
+        """Extract block by block what is missing, and give each that is done; ends when nothing is missing."""
+        return _extract_blocks(self)
 
 
 def _wanted(
@@ -201,27 +256,27 @@ def _from_source(source: str, limit: int | None) -> list[Sample]:
 def _open_or_create(
     loaded: LoadedModel,
     spec: ExtractSpec,
-    prepared: Prepared,
-    ready: Sequence[Inputs] | None,
+    given: tuple[list[Sample], Sequence[Inputs] | None],
     ends: tuple[str | Path | Store | None, str],
     batch_size: int | None,
+    grow: bool,
     report: "_Reporter",
-) -> Run:
-    out, source = ends
+) -> tuple[Run, Prepared]:
+    """The run, and its samples in stored order; those that are still to be extracted are measured."""
+    (listed, ready), (out, source) = given, ends
     report("plan", message=f"checking {loaded.name}")
     digest = loaded.digest()
     existing = _existing(out)
     if existing is not None:
-        _check_same(existing, spec, prepared, digest)
-        if existing.lost:
-            _mend(loaded, existing, prepared, _probe_inputs(loaded, prepared, ready))
-        return existing
+        return _resumed(loaded, existing, spec, given, digest, grow)
+    prepared = prepare(listed, loaded) if ready is None else Prepared(listed, text_lengths(ready), {})
     inputs = _probe_inputs(loaded, prepared, ready)
     calls, outputs = probe(loaded, inputs)
     if ready is not None:
         prepared = replace(prepared, longest=_longest(loaded, spec, prepared, ready))
     thumbnails = ready is None and any(s.image is not None for s in prepared.samples)
-    plan = plan_run(calls, spec, prepared, batch_size, thumbnails)
+    roomy = with_room(prepared, loaded.text_limit) if grow else prepared
+    plan = plan_run(calls, spec, roomy, batch_size, thumbnails, grows=grow)
     forecast = forecast_bytes(calls, plan, spec, len(prepared.samples))
     report("plan", message=f"the run will take about {_megabytes(forecast)}")
     check_space(forecast, out)
@@ -231,12 +286,49 @@ def _open_or_create(
     attrs |= {"samples": source, "forecast_bytes": forecast, "batch_size": size}
     weights = partial(_write_weights, loaded, inputs) if "weights" in spec.quantities else None
     try:
-        return Run.create(out, plan, spec, prepared.samples, attrs, weights)
+        return Run.create(out, plan, spec, prepared.samples, attrs, weights), prepared
     except RunStands:
         # Another process was faster.
-        made = open_run(out, read_only=False)  # type: ignore[arg-type]
-        _check_same(made, spec, prepared, digest)
-        return made
+        return _resumed(loaded, open_run(out, read_only=False), spec, given, digest, grow)  # type: ignore[arg-type]
+
+
+def _resumed(
+    loaded: LoadedModel,
+    run: Run,
+    spec: ExtractSpec,
+    given: tuple[list[Sample], Sequence[Inputs] | None],
+    digest: str,
+    grow: bool,
+) -> tuple[Run, Prepared]:
+    """A run that stands, with those of the given samples that it lacks, and its samples in stored order."""
+    listed, ready = given
+    _check_same(run, spec, digest)
+    samples = in_stored_order(run, listed, grow)
+    if len(samples) > run.sample_count:
+        if ready is not None and samples != listed:
+            raise RunError(f"{run.location} holds other samples than these; choose another place")
+        run, samples = _grown(run, listed)
+    if ready is not None:
+        prepared = Prepared(samples, text_lengths(ready), {})
+    else:
+        missing = [at for block in run.missing() for at in block]
+        prepared = prepare(samples, loaded, missing, run.plan.streams)
+    if run.lost:
+        _mend(loaded, run, prepared, _probe_inputs(loaded, prepared, ready))
+    return run, prepared
+
+
+def _grown(run: Run, listed: list[Sample]) -> tuple[Run, list[Sample]]:
+    """The run with room for the samples that it doesn't know yet; others that do the same are waited for."""
+    with Claims(run.store) as claims:
+        while not claims.take("growing"):
+            time.sleep(POLL)
+        # Another process may have added some of them meanwhile.
+        run = Run(run.store, run.location)
+        samples = in_stored_order(run, listed, grow=True)
+        grown = run.grow(samples[run.sample_count :]) if len(samples) > run.sample_count else run
+        claims.release("growing")
+    return grown, samples
 
 
 def _mend(loaded: LoadedModel, run: Run, prepared: Prepared, inputs: Inputs) -> None:
@@ -266,16 +358,13 @@ def _existing(out: str | Path | Store | None) -> Run | None:
         return None
 
 
-def _check_same(run: Run, spec: ExtractSpec, prepared: Prepared, digest: str) -> None:
+def _check_same(run: Run, spec: ExtractSpec, digest: str) -> None:
     if run.attrs.get("weights_digest") != digest:
         raise RunError(
             f"{run.location} was extracted from other weights ({run.attrs.get('model')}); choose another place"
         )
     if run.spec != spec:
         run.require(spec)
-    stored, given = run.sample_ids, [s.id for s in prepared.samples]
-    if len(stored) != len(given) or any(a != b and (a or not run.lost) for a, b in zip(stored, given, strict=True)):
-        raise RunError(f"{run.location} holds other samples than these; choose another place")
 
 
 def _described(loaded: LoadedModel, digest: str) -> dict[str, object]:
@@ -353,31 +442,20 @@ def _write_weights(loaded: LoadedModel, inputs: Inputs, run: Run) -> None:
         run.describe_weights(name, rotary=not all(p is not False for p in plain))
 
 
-def _extract_blocks(
-    loaded: LoadedModel,
-    run: Run,
-    spec: ExtractSpec,
-    prepared: Prepared,
-    ready: Sequence[Inputs] | None,
-    batch_size: int | None,
-    report: "_Reporter",
-    deadline: float | None,
-) -> None:
+def _extract_blocks(begun: Extraction) -> Iterator[range]:
+    loaded, run, report = begun.loaded, begun.run, begun.report
     report.already(run.status)
-    places = Places.of(run, spec)
-    size = batch_size or int(str(run.attrs["batch_size"]))
-    if loaded.family.one_by_one or (places.one_by_one and loaded.family.fold is None):
-        size = 1
-    elif size > 1 and loaded.family is GENERIC and run.missing():
-        size = size if _keeps_batch(loaded, places, _probe_inputs(loaded, prepared, ready)) else 1
-    with Claims(run.store) as claims:
+    places = Places.of(run, begun.spec)
+    with _evaluation(loaded.model), full_disk_told(), Claims(run.store) as claims:
         claims.remove_partial_files()
         writer = BlockWriter()
-        job = _Job(loaded, run, spec, prepared, ready, size, writer, places)
+        size = _batch_size(begun, places)
+        job = _Job(loaded, run, begun.spec, begun.prepared, begun.ready, size, writer, places, report.check)
         try:
-            for block in _claimed(run, claims, partial(report.check, deadline)):
+            for block in _claimed(run, run.missing(), claims, report.check):
                 left_out, nbytes = _extract_within_memory(job, block, report)
                 report.add(len(block), left_out, nbytes)
+                yield block
         finally:
             writer.close()
         claims.remove_partial_files()
@@ -385,6 +463,19 @@ def _extract_blocks(
     # Others may have done a part of it.
     report.already(run.status)
     report("done")
+
+
+def _batch_size(begun: Extraction, places: Places) -> int:
+    """Samples that the model sees at once: one where its calls don't keep the batch of samples."""
+    family = begun.loaded.family
+    size = begun.batch_size or int(str(begun.run.attrs["batch_size"]))
+    if family.one_by_one or (places.one_by_one and family.fold is None):
+        return 1
+    if size > 1 and family is GENERIC and begun.run.missing():
+        return (
+            size if _keeps_batch(begun.loaded, places, _probe_inputs(begun.loaded, begun.prepared, begun.ready)) else 1
+        )
+    return size
 
 
 def _keeps_batch(loaded: LoadedModel, places: Places, inputs: Inputs) -> bool:
@@ -418,17 +509,17 @@ def _extract_within_memory(job: _Job, block: range, report: "_Reporter") -> tupl
         report("extract", f"memory ran out; going on with batches of {job.batch_size}")
 
 
-def _claimed(run: Run, claims: Claims, check: Callable[[], None]) -> Iterator[range]:
-    """Every missing block that no other process has claimed, or that another has claimed and abandoned.
+def _claimed(run: Run, missing: list[range], claims: Claims, check: Callable[[], None]) -> Iterator[range]:
+    """Each of the missing blocks that no other process has claimed, or that another has claimed and abandoned.
 
-    Ends when nothing is missing: what others have in their hands is waited for. `check` is called now and then.
+    Ends when none of them is missing: what others have in their hands is waited for. `check` is called now and then.
     """
-    missing = run.missing()
     while missing:
         theirs = []
         for block in missing:
             check()
-            name = str(block.start)
+            # Of a block that was not full when its run grew, the missing part alone is given.
+            name = str(block.start // run.plan.unit * run.plan.unit)
             if not run.is_missing(block):
                 continue
             if not claims.take(name):
@@ -453,6 +544,7 @@ def _extract_block(job: _Job, block: range) -> tuple[int, int]:
     pictures = np.zeros((len(block), THUMBNAIL_PIXELS, THUMBNAIL_PIXELS, 3), np.uint8)
     with torch.random.fork_rng(devices=_cuda_devices(job.loaded)):
         for batch_rows, inputs in batches:
+            job.check()
             seed = _SEED + block.start + batch_rows[0]
             layouts = _Layouts(job, inputs, seed)
             torch.manual_seed(seed)
@@ -683,9 +775,12 @@ def _megabytes(count: int) -> str:
 class _Reporter:
     """Counts what is done and tells the caller."""
 
-    def __init__(self, tell: Callable[[Progress], None] | None, started: float, total: int) -> None:
-        self._tell = tell
+    def __init__(
+        self, tell: Callable[[Progress], None] | None, started: float, total: int, deadline: float | None = None
+    ) -> None:
+        self.tell = tell
         self._started = started
+        self._deadline = deadline
         self.total = total
         self.done = 0
         self._left_out = 0
@@ -698,8 +793,8 @@ class _Reporter:
     def already(self, status: np.ndarray) -> None:
         self.done, self._left_out = int((status != MISSING).sum()), int((status == LEFT_OUT).sum())
 
-    def check(self, deadline: float | None) -> None:
-        if deadline is not None and self.seconds > deadline:
+    def check(self) -> None:
+        if self._deadline is not None and self.seconds > self._deadline:
             raise DeadlineReached(
                 f"stopped at the deadline with {self.done} of {self.total} samples done; repeat the command"
             )
@@ -711,5 +806,5 @@ class _Reporter:
         self("extract")
 
     def __call__(self, stage: str, message: str = "") -> None:
-        if self._tell is not None:
-            self._tell(Progress(stage, self.done, self.total, self._left_out, self._bytes, self.seconds, message))
+        if self.tell is not None:
+            self.tell(Progress(stage, self.done, self.total, self._left_out, self._bytes, self.seconds, message))

@@ -101,9 +101,13 @@ class RunPlan:
         )
 
 
-def unit_for(bytes_per_sample: int, samples: int, batch_size: int = 1) -> int:
-    """Samples per block: a power of two that keeps a block near 128 MiB, at least a batch, at most what there is."""
+def unit_for(bytes_per_sample: int, samples: int | None, batch_size: int = 1) -> int:
+    """Samples per block: a power of two that keeps a block near 128 MiB, at least a batch, at most what there is.
+
+    Where there may be any number of `samples` (None), nothing but their size counts.
+    """
     fitting = min(_UNIT_LIMIT, max(1, _UNIT_BYTES // max(1, bytes_per_sample)))
+    samples = fitting if samples is None else samples
     return max(1 << (min(fitting, max(samples, 1)).bit_length() - 1), batch_size)
 
 

@@ -1,7 +1,7 @@
 """Before the first block: what the samples are like, what the model's attention is like, and how large a run gets."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -70,22 +70,39 @@ class ProbedCall:
         return (self.placement.site, self.placement.guessed, self.folded, self.dtype, *sizes)
 
 
-def prepare(samples: Sequence[Sample], loaded: LoadedModel) -> Prepared:
-    """Measure every sample; those with a problem of their own, or that the model can't take, are left out."""
+def prepare(
+    samples: Sequence[Sample],
+    loaded: LoadedModel,
+    which: Iterable[int] | None = None,
+    room: Mapping[str, int] | None = None,
+) -> Prepared:
+    """Measure every sample, or those at `which` places; those with a problem of their own are left out.
+
+    So are those that the model can't take, or that have more tokens of a stream than there is room for.
+    """
     lengths = np.zeros(len(samples), np.int64)
     problems = {i: s.problem for i, s in enumerate(samples) if s.problem}
     longest: dict[str, int] = {}
-    for i, sample in enumerate(samples):
+    for i in range(len(samples)) if which is None else which:
         if i in problems:
             continue
         try:
-            measured = loaded.family.measure(sample, loaded)
+            measured = loaded.family.measure(samples[i], loaded)
+            _check_room(measured, room or {})
         except SampleError as error:
             problems[i] = str(error)
             continue
         lengths[i] = sum(measured.values())
         longest |= {stream: max(tokens, longest.get(stream, 0)) for stream, tokens in measured.items()}
     return Prepared(samples, lengths, problems, longest)
+
+
+def _check_room(measured: Mapping[str, int], room: Mapping[str, int]) -> None:
+    for stream, tokens in measured.items():
+        if tokens > room.get(stream, tokens):
+            raise SampleError(
+                f"it has {tokens} tokens of the stream {stream!r}, and the run was made for at most {room[stream]}"
+            )
 
 
 def run_model(loaded: LoadedModel, inputs: Inputs) -> object:
@@ -226,8 +243,12 @@ def plan_run(
     prepared: Prepared,
     batch_size: int | None,
     thumbnails: bool,
+    grows: bool = False,
 ) -> RunPlan:
-    """Sites, streams and block size from the probed calls, for the sites and layers that the spec wants."""
+    """Sites, streams and block size from the probed calls, for the sites and layers that the spec wants.
+
+    Blocks of a run that `grows` are as large as where there are many samples already.
+    """
     wanted = [c for c in _numbered(calls) if _is_wanted(c.placement, spec)]
     if not wanted:
         had = ", ".join(sorted({c.placement.site for c in calls}))
@@ -249,7 +270,7 @@ def plan_run(
         for name, site in sites.items()
     }
     plan = RunPlan(streams=streams, sites=sites, unit=1, thumbnails=thumbnails)
-    unit = unit_for(plan.sample_bytes(spec), len(prepared.samples), batch_size or 1)
+    unit = unit_for(plan.sample_bytes(spec), None if grows else len(prepared.samples), batch_size or 1)
     return replace(plan, unit=unit)
 
 

@@ -150,11 +150,25 @@ class Run:
             root.attrs.put({**header, "members": _note_members(root), "schema": SCHEMA_VERSION})
             return cls(store, name)
 
-    def describe(self, samples: Sequence[Sample]) -> None:
-        """Write the ids, texts and regions of all samples."""
-        self._array("samples/id")[:] = _strings(s.id for s in samples)
-        self._array("samples/text")[:] = _strings(s.text or "" for s in samples)
-        self._array("samples/regions")[:] = _strings(json.dumps([asdict(r) for r in s.regions]) for s in samples)
+    def describe(self, samples: Sequence[Sample], start: int = 0) -> None:
+        """Write the ids, texts and regions of all samples from the place `start` on."""
+        self._array("samples/id")[start:] = _strings(s.id for s in samples)
+        self._array("samples/text")[start:] = _strings(s.text or "" for s in samples)
+        self._array("samples/regions")[start:] = _strings(json.dumps([asdict(r) for r in s.regions]) for s in samples)
+
+    def grow(self, samples: Sequence[Sample]) -> "Run":
+        """The same run with room for further samples behind those that it has; only one process may do so at a time.
+
+        The marks grow last, and their number is the number of samples: killed at any moment, the run is what it was.
+        """
+        before = self.sample_count
+        count = before + len(samples)
+        for planned in arrays_of(self.plan, self.spec, count):
+            if "sample" in planned.row.dims and planned.path != "samples/status":
+                self._array(planned.path).resize(planned.shape)
+        self.describe(samples, before)
+        self._array("samples/status").resize((count,))
+        return type(self)(self.store, self.location)
 
     def write_layer(self, site: str, name: str, block: range, layer: int, values: np.ndarray) -> None:
         """Write one quantity of one layer (a position, not a number) for a whole block; values are (sample, ...)."""
@@ -261,17 +275,24 @@ class Run:
         return tuple(self.plan.streams)
 
     @property
+    def sample_count(self) -> int:
+        """How many samples the run has, extracted or not."""
+        return int(self._array("samples/status").shape[0])
+
+    @property
     def status(self) -> np.ndarray:
         """(sample,) uint8: 0 missing, 1 extracted, 2 left out."""
         return np.asarray(self._array("samples/status")[:])
 
     def blocks(self) -> list[range]:
         """The write units, in order."""
-        count = self._array("samples/status").shape[0]
+        count = self.sample_count
         return [range(i, min(i + self.plan.unit, count)) for i in range(0, count, self.plan.unit)]
 
     def missing(self, spec: ExtractSpec | None = None) -> list[range]:
         """The blocks of samples that are still to be extracted; empty for a finished run.
+
+        Of a block that the run has grown into, the missing part.
 
         Raises
         ------
@@ -280,8 +301,9 @@ class Run:
         """
         if spec is not None:
             self.require(spec)
-        status = self.status
-        return [b for b in self.blocks() if (status[b.start : b.stop] == MISSING).any()]
+        missing = self.status == MISSING
+        blocks = [b for b in self.blocks() if missing[b.start : b.stop].any()]
+        return [range(b.start + int(missing[b.start : b.stop].argmax()), b.stop) for b in blocks]
 
     def require(self, spec: ExtractSpec, asker: str = "the request") -> None:
         """Raise MissingQuantity unless the run holds what `spec` asks for."""
@@ -313,7 +335,7 @@ class Run:
     @property
     def sample_ids(self) -> list[str]:
         """Names of the samples, in stored order."""
-        return [str(s) for s in np.asarray(self._array("samples/id")[:])]
+        return [str(s) for s in np.asarray(self._array("samples/id")[: self.sample_count])]
 
     def tokens(self, stream: str) -> xr.Dataset:
         """Text, kind (a code, see its `flag_meanings`), row and column of every token of a stream."""
@@ -337,7 +359,7 @@ class Run:
         )
         row = SITE_QUANTITIES["attention"]
         attrs = {"long_name": row.meaning, "units": row.units, "bound": self._bound(plan)}
-        variable = xr.Variable(DIMS, indexing.LazilyIndexedArray(array), attrs)
+        variable = xr.Variable(DIMS, indexing.LazilyIndexedArray(array), attrs)[: self.sample_count]
         return xr.DataArray(variable, coords=self._coordinates(site), name="attention")
 
     def array(self, site: str, name: str) -> xr.DataArray:
@@ -472,7 +494,7 @@ class Run:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _planned(self) -> "list[ArrayPlan]":
-        for path in ("samples/id", "samples/status"):
+        for path in ("samples/status", "samples/id"):
             try:
                 return list(arrays_of(self.plan, self.spec, self._array(path).shape[0]))
             except (KeyError, ValueError):
@@ -517,12 +539,28 @@ class Run:
         return self._arrays[path]
 
     def _dataset(self, group: str) -> xr.Dataset:
-        found = xr.open_zarr(self.store, group=group, consolidated=False, chunks=None, decode_timedelta=False)
+        found = self._open_dataset(group)
         found.attrs.pop("members", None)
-        return found
+        # A process that was killed while it made the run grow leaves arrays that are longer than the run.
+        known = found.sizes.get("sample", 0) <= self.sample_count or group.startswith("analyses/")
+        return found if known else found.isel(sample=slice(0, self.sample_count))
+
+    def _open_dataset(self, group: str, without: Iterable[str] = ()) -> xr.Dataset:
+        try:
+            return xr.open_zarr(
+                self.store, group=group, consolidated=False, chunks=None, decode_timedelta=False, drop_variables=without
+            )
+        except ValueError:
+            arrays: Any = self._group[group].arrays()  # type: ignore[union-attr]
+            lengths = {n: a.shape[0] for n, a in arrays if "sample" in (a.metadata.dimension_names or ())}
+            if len(set(lengths.values())) < 2 or without:
+                raise
+        parts = [self._open_dataset(group, lengths.keys() - {name}) for name in lengths]
+        count = self.sample_count
+        return xr.merge([part.isel(sample=slice(0, count)) for part in parts], compat="override", join="override")
 
     def _sample_coordinate(self) -> np.ndarray:
-        return np.asarray(self._array("samples/id")[:]).astype(object)
+        return np.asarray(self._array("samples/id")[: self.sample_count]).astype(object)
 
     def _coordinates(self, site: str) -> "dict[Hashable, object]":
         plan = self.plan.sites[site]

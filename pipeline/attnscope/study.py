@@ -85,6 +85,12 @@ class ExtractOptions(BaseModel):
         default=False, description="Run code that comes with the model; only if you trust it."
     )
     limit: int | None = Field(default=None, ge=1, description="Use only this many samples, from the first one on.")
+    grow: bool = Field(
+        default=False, description="Add samples that the run doesn't know yet; analyses are then run again."
+    )
+    deadline: float | None = Field(
+        default=None, gt=0, description="Seconds after which extraction stops; the run can be resumed."
+    )
 
 
 DEFAULT_CHOICES = (AnalyserChoice(name="qk_svd"), AnalyserChoice(name="relevance"))

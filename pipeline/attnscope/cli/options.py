@@ -48,6 +48,13 @@ def extract_options(command: Command) -> Command:
         click.option("--revision", help="Branch, tag or commit of the model on its hub."),
         click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
         click.option("--limit", type=click.IntRange(min=1), help="Use only the first N samples.", metavar="N"),
+        click.option("--grow", is_flag=True, help="Add samples that the run doesn't know yet."),
+        click.option(
+            "--deadline",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="SECONDS",
+            help="Stop extracting after so many seconds; the same command goes on.",
+        ),
     ]
     for option in reversed(declared):
         command = option(command)
