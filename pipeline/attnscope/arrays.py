@@ -73,6 +73,9 @@ def arrays_of(plan: RunPlan, spec: ExtractSpec, samples: int) -> Iterable[ArrayP
     for stream, tokens in plan.streams.items():
         for name in ("token_text", "kind", "row", "column"):
             yield planned(f"{stream}/{name}", quantity("stream", name), {"token": tokens})
+        if plan.regions:
+            sizes = {"region": plan.regions, "token": tokens}
+            yield planned(f"{stream}/region_share", quantity("stream", "region_share"), sizes)
     for name, site in plan.sites.items():
         for stored in sorted(site.stored(spec)):
             row = SITE_QUANTITIES[stored]

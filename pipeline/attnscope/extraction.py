@@ -23,7 +23,7 @@ from attnscope.claims import POLL, Claims
 from attnscope.families import GENERIC, Inputs
 from attnscope.families.layouts import DEFAULT_LAYOUTS
 from attnscope.families.weights import projections
-from attnscope.growing import in_stored_order, with_room
+from attnscope.growing import in_stored_order, room_for_regions, with_room
 from attnscope.loading import LoadedModel, load_model
 from attnscope.plan import THUMBNAIL_PIXELS
 from attnscope.planning import (
@@ -40,6 +40,7 @@ from attnscope.proving import look_at_projections
 from attnscope.quantities import ExtractSpec, union
 from attnscope.ready import alike, collated, cut_batch, largest_inputs, text_lengths
 from attnscope.recording import AttentionCall, recording
+from attnscope.regions import RegionReader
 from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, BrokenRun, Run, RunError, RunStands, open_run
 from attnscope.samples import Sample, SampleError, read_samples, unique_ids
 from attnscope.stores import full_disk_told
@@ -90,6 +91,7 @@ class _Job:
     writer: BlockWriter
     places: Places
     check: Callable[[], None]
+    regions: RegionReader
 
 
 def extract(
@@ -277,6 +279,7 @@ def _open_or_create(
     thumbnails = ready is None and any(s.image is not None for s in prepared.samples)
     roomy = with_room(prepared, loaded.text_limit) if grow else prepared
     plan = plan_run(calls, spec, roomy, batch_size, thumbnails, grows=grow)
+    plan = replace(plan, regions=room_for_regions(prepared.samples, grow))
     forecast = forecast_bytes(calls, plan, spec, len(prepared.samples))
     report("plan", message=f"the run will take about {_megabytes(forecast)}")
     check_space(forecast, out)
@@ -439,7 +442,7 @@ def _write_weights(loaded: LoadedModel, inputs: Inputs, run: Run) -> None:
         run.write_weights(name, position, arrays)
     for name in {name for name, _ in found}:
         plain = [seen.is_plain.get(module) for place, module in modules.items() if place[0] == name]
-        run.describe_weights(name, rotary=not all(p is not False for p in plain))
+        run.describe_weights(name, rotary=not all(p is not False for p in plain), plain=all(p is True for p in plain))
 
 
 def _extract_blocks(begun: Extraction) -> Iterator[range]:
@@ -450,7 +453,8 @@ def _extract_blocks(begun: Extraction) -> Iterator[range]:
         claims.remove_partial_files()
         writer = BlockWriter()
         size = _batch_size(begun, places)
-        job = _Job(loaded, run, begun.spec, begun.prepared, begun.ready, size, writer, places, report.check)
+        job = _Job(loaded, run, begun.spec, begun.prepared, begun.ready, size, writer, places, report.check,
+                   RegionReader(loaded))  # fmt: skip
         try:
             for block in _claimed(run, run.missing(), claims, report.check):
                 left_out, nbytes = _extract_within_memory(job, block, report)
@@ -540,6 +544,7 @@ def _extract_block(job: _Job, block: range) -> tuple[int, int]:
     rows = [r for batch_rows, _ in batches for r in batch_rows]
     buffer = BlockBuffer(job.run, block, rows, job.writer)
     tokens = {name: TokenBuffer(len(block), count) for name, count in job.run.plan.streams.items()}
+    regions = _Regions(job, block)
     scores = np.full((1, len(block)), np.nan, np.float32)
     pictures = np.zeros((len(block), THUMBNAIL_PIXELS, THUMBNAIL_PIXELS, 3), np.uint8)
     with torch.random.fork_rng(devices=_cuda_devices(job.loaded)):
@@ -553,12 +558,14 @@ def _extract_block(job: _Job, block: range) -> tuple[int, int]:
                 scores[0, batch_rows] = score
             for name, count in counts.items():
                 tokens[name].put(batch_rows, layouts.of(name, count))
+                regions.put(name, batch_rows, layouts.of(name, count))
             if job.run.plan.thumbnails:
                 pictures[batch_rows] = _thumbnails(job, block, batch_rows, inputs)
     if rows and (unfinished := buffer.unfinished()):
         raise RecordingError(
             f"the model did not run {unfinished[0]} for every sample; its calls differ between batches"
         )
+    regions.write()
     _write_rest(job, block, tokens, scores, pictures, problems)
     return len(problems), buffer.bytes
 
@@ -664,6 +671,32 @@ def _output_gradients(score: torch.Tensor, calls: Sequence[AttentionCall]) -> li
     dependent = [c.output for c in calls if c.output is not None and c.output.requires_grad]
     found = iter(torch.autograd.grad(score.sum(), dependent, allow_unused=True) if dependent else ())
     return [next(found) if c.output is not None and c.output.requires_grad else None for c in calls]
+
+
+class _Regions:
+    """How much of each token of a block lies in each region of its sample, by stream."""
+
+    def __init__(self, job: _Job, block: range) -> None:
+        self._job = job
+        self._block = block
+        plan = job.run.plan
+        self._shares = {
+            name: np.full((len(block), plan.regions, count), np.nan, np.float32)
+            for name, count in plan.streams.items()
+            if plan.regions
+        }
+
+    def put(self, stream: str, rows: Sequence[int], layout: TokenLayout) -> None:
+        if stream not in self._shares:
+            return
+        into = self._shares[stream]
+        for at, row in enumerate(rows):
+            sample = self._job.prepared.samples[self._block.start + row]
+            into[row, :, : layout.token_count] = self._job.regions.shares(sample, layout, at, into.shape[1])
+
+    def write(self) -> None:
+        for stream, shares in self._shares.items():
+            self._job.run.write_block(f"{stream}/region_share", self._block, shares)
 
 
 class _Layouts:

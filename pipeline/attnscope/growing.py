@@ -13,6 +13,7 @@ from attnscope.samples import Sample
 
 # Texts that come later may be longer than those that were there when the run was made.
 _TEXT_ROOM = 2
+_REGION_ROOM = 2
 
 
 def in_stored_order(run: Run, given: Sequence[Sample], grow: bool) -> list[Sample]:
@@ -21,7 +22,7 @@ def in_stored_order(run: Run, given: Sequence[Sample], grow: bool) -> list[Sampl
     Raises
     ------
     RunError
-        When the samples are others than those of the run, and it isn't to grow.
+        When the samples are others than those of the run, and it isn't to grow, or has no room for their regions.
     """
     stored = run.sample_ids
     # A repair may have found names lost.
@@ -37,7 +38,19 @@ def in_stored_order(run: Run, given: Sequence[Sample], grow: bool) -> list[Sampl
     by_id = {sample.id: sample for sample in given}
     gone = "it was gone from the samples before it was extracted"
     kept = [by_id.pop(name, Sample(name, problem=gone)) for name in stored]
+    for sample in by_id.values():
+        if len(sample.regions) > run.plan.regions:
+            raise RunError(
+                f"sample {sample.id!r} has {len(sample.regions)} regions and {run.location} room for"
+                f" {run.plan.regions}; extract into another run"
+            )
     return [*kept, *by_id.values()]
+
+
+def room_for_regions(samples: Sequence[Sample], grow: bool) -> int:
+    """How many regions a sample of a run may have: as many as one has, or where the run is to grow, twice that."""
+    most = max((len(sample.regions) for sample in samples), default=0)
+    return max(_REGION_ROOM * most, _REGION_ROOM) if grow else most
 
 
 def with_room(prepared: Prepared, text_limit: int | None) -> Prepared:

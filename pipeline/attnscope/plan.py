@@ -73,13 +73,14 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The sizes of a run: tokens of each stream, the sites, and how many samples make a block."""
+    """The sizes of a run: tokens of each stream, the sites, how many samples make a block, and regions a sample."""
 
     streams: Mapping[str, int]
     sites: Mapping[str, SitePlan]
     unit: int
     conditions: tuple[str, ...] = ("intact",)
     thumbnails: bool = False
+    regions: int = 0
 
     def sizes(self, site: SitePlan | None = None) -> dict[str, int]:
         """The length of every dimension but `sample` and `token`."""
@@ -146,4 +147,5 @@ def plan_from_attrs(plain: Mapping[str, object]) -> RunPlan:
         unit=int(plain["unit"]),  # type: ignore[call-overload]
         conditions=tuple(plain["conditions"]),  # type: ignore[arg-type]
         thumbnails=bool(plain["thumbnails"]),
+        regions=int(plain.get("regions", 0)),  # type: ignore[call-overload]
     )

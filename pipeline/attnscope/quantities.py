@@ -45,6 +45,8 @@ QUANTITIES = (
     Quantity("kind", "stream", ("sample", "token"), "int8", "", "what the token is, see flag_meanings"),
     Quantity("row", "stream", ("sample", "token"), "int16", "", "row on the patch grid, -1 for none", -1),
     Quantity("column", "stream", ("sample", "token"), "int16", "", "column on the patch grid, -1 for none", -1),
+    Quantity("region_share", "stream", ("sample", "region", "token"), "float32", "1",
+             "the share of a token that lies in a region of its sample; NaN where that isn't known", _NAN),
     Quantity("attention", "site", _SITE, "float16", "1", "attention weights after softmax", _NAN),
     Quantity("attention_mean", "site", ("sample", "layer", "query_token", "key_token"), "float32", "1",
              "mean of the attention weights over heads", _NAN),

@@ -5,6 +5,7 @@ by array and its mark in `samples/status` last: a sample counts only when its ma
 nothing but the block in its hands, and repeating the command does only what is missing.
 """
 
+import copy
 import datetime
 import json
 import platform
@@ -93,6 +94,7 @@ class Run:
         self.location = location
         self._group = open_group(store, mode="r" if store.read_only else "r+")
         self._arrays: dict[str, zarr.Array] = {}
+        self._part: range | None = None
         self.plan = plan_from_attrs(self._group.attrs["plan"])  # type: ignore[arg-type]
 
     # -- making -----------------------------------------------------------------------------------------------------
@@ -282,12 +284,27 @@ class Run:
     @property
     def status(self) -> np.ndarray:
         """(sample,) uint8: 0 missing, 1 extracted, 2 left out."""
-        return np.asarray(self._array("samples/status")[:])
+        status = np.asarray(self._array("samples/status")[:])
+        if self._part is not None:
+            status[: self._part.start] = status[self._part.stop :] = MISSING
+        return status
 
     def blocks(self) -> list[range]:
-        """The write units, in order."""
+        """The write units, in order; of a part of a run, what of them lies in the part."""
         count = self.sample_count
-        return [range(i, min(i + self.plan.unit, count)) for i in range(0, count, self.plan.unit)]
+        part = range(count) if self._part is None else self._part
+        blocks = (range(i, min(i + self.plan.unit, count)) for i in range(0, count, self.plan.unit))
+        within = (range(max(b.start, part.start), min(b.stop, part.stop)) for b in blocks)
+        return [b for b in within if b]
+
+    def part(self, samples: range) -> "Run":
+        """The same run in which the samples outside of a range of positions count as not extracted.
+
+        What an analyser gives on the parts of a run it can `combine` into what it gives on the whole.
+        """
+        part = copy.copy(self)
+        part._part = range(samples.start, samples.stop)
+        return part
 
     def missing(self, spec: ExtractSpec | None = None) -> list[range]:
         """The blocks of samples that are still to be extracted; empty for a finished run.

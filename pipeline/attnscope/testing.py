@@ -115,7 +115,7 @@ def check_analyser(analyser: Analyser) -> xr.Dataset:
     """Hold an analyser to its contract on a made run, and give its result.
 
     Checked: options are the fields of a frozen dataclass; `requires` is pure; the result is labelled, the same when
-    computed again, and shown by `report`.
+    computed again, and shown by `report`; and what it gives on parts of a run combines into what it gives on the whole.
 
     Raises
     ------
@@ -130,6 +130,10 @@ def check_analyser(analyser: Analyser) -> xr.Dataset:
     result = analyse(run, analyser)
     xr.testing.assert_identical(result.drop_attrs(), analyse(run, analyser, save=False).drop_attrs())
     xr.testing.assert_equal(result, run.analysis(analyser.name))
+    combine = getattr(analyser, "combine", None)
+    if combine is not None:
+        combined = combine(analyser.analyse(run.part(block)) for block in run.blocks())
+        xr.testing.assert_allclose(combined, result, rtol=1e-6)
     html = "".join(element.html() for element in analyser.report(result))
     assert html, "report() shows nothing"
     return result
