@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 import pydantic
 import xarray as xr
 
+from attnscope.conditions import RANDOM, Ranking, distinct_rankings
 from attnscope.plugins import load_plugins
 from attnscope.quantities import ExtractSpec, union
 from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, Run
@@ -75,8 +76,20 @@ def options_of(analyser: Analyser) -> dict[str, object]:
 
 
 def requirements(analysers: Iterable[Analyser], beside: Sequence[ExtractSpec] = ()) -> ExtractSpec:
-    """What one extraction must record for all of these analysers (and for the specs beside them)."""
-    return union([*(a.requires() for a in analysers), *beside])
+    """What one extraction must record for all of these analysers (and for the specs beside them).
+
+    Where a condition takes the tokens that an analyser ranks first, that analyser's needs are among them.
+    """
+    specs = [*(a.requires() for a in analysers), *beside]
+    rankings = distinct_rankings(c for spec in specs for c in spec.conditions)
+    made = [ranking_analyser(r) for r in rankings if r.analyser != RANDOM]
+    before = [dataclasses.replace(analyser.requires(), conditions=()) for analyser in made]
+    return union([*specs, *before])
+
+
+def ranking_analyser(ranking: Ranking) -> Analyser:
+    """The analyser that a ranking goes by, with its options."""
+    return make_analyser(ranking.analyser, json.loads(ranking.options))
 
 
 def analyse(run: Run, analyser: Analyser, *, save: bool = True) -> xr.Dataset:

@@ -84,7 +84,7 @@ def check_run(run: Run, listener: Listener | None = None) -> CheckReport:
         for region in _regions(array):
             found = list(_checked(path, array, region, look))
             if not found and present is not None:
-                found = list(_lost(path, array, region, present, status))
+                found = list(_lost(path, array, region, present, _marks(arrays, path, status)))
             faults += found
             done += 1
             if listener is not None:
@@ -248,6 +248,12 @@ def _lost(
         if not samples:
             return
     yield Fault(path, f"lacks a chunk that was written{_where(array, region)}", samples)
+
+
+def _marks(arrays: dict[str, zarr.Array], path: str, status: np.ndarray | None) -> np.ndarray | None:
+    """The marks that an array goes by: those of the run, or of the outputs that it lies among."""
+    own = f"{path.rpartition('/')[0]}/status"
+    return _read_whole(arrays, own) if path.startswith("outputs/") and own in arrays else status
 
 
 def _samples(array: zarr.Array, region: Region) -> tuple[int, ...]:

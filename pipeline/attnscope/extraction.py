@@ -20,11 +20,14 @@ from attnscope.analysis import requirements
 from attnscope.batching import batch_that_fits, is_out_of_memory
 from attnscope.capturing import Places, Taker
 from attnscope.claims import POLL, Claims
+from attnscope.conditions import Condition
 from attnscope.families import GENERIC, Inputs
+from attnscope.families.labels import encoded_samples
 from attnscope.families.layouts import DEFAULT_LAYOUTS
 from attnscope.families.weights import projections
 from attnscope.growing import in_stored_order, room_for_regions, with_room
 from attnscope.loading import LoadedModel, load_model
+from attnscope.perturbing import Batches, extract_conditions
 from attnscope.plan import THUMBNAIL_PIXELS
 from attnscope.planning import (
     Prepared,
@@ -37,7 +40,7 @@ from attnscope.planning import (
     run_model,
 )
 from attnscope.proving import look_at_projections
-from attnscope.quantities import ExtractSpec, union
+from attnscope.quantities import ExtractSpec
 from attnscope.ready import alike, collated, cut_batch, largest_inputs, text_lengths
 from attnscope.recording import AttentionCall, recording
 from attnscope.regions import RegionReader
@@ -192,9 +195,10 @@ def begin_extraction(
     report = _Reporter(progress, started, len(listed), deadline)
     with _evaluation(loaded.model), full_disk_told():
         source = str(samples) if isinstance(samples, str | Path) else ""
-        run, prepared = _open_or_create(loaded, wanted, (listed, ready), (out, source), batch_size, grow, report)
+        recorded = replace(wanted, conditions=())
+        run, prepared = _open_or_create(loaded, recorded, (listed, ready), (out, source), batch_size, grow, report)
     report.total = len(prepared.samples)
-    return Extraction(loaded, run, run.spec, prepared, ready, batch_size, report)
+    return Extraction(loaded, run, run.spec, prepared, ready, batch_size, report, wanted.conditions)
 
 
 @dataclass
@@ -208,10 +212,17 @@ class Extraction:
     ready: Sequence[Inputs] | None
     batch_size: int | None
     report: "_Reporter"
+    conditions: tuple[Condition, ...] = ()
 
     def blocks(self) -> Iterator[range]:
-        """Extract block by block what is missing, and give each that is done; ends when nothing is missing."""
-        return _extract_blocks(self)
+        """Extract block by block what is missing, and give each that is done; ends when nothing is missing.
+
+        When all blocks are there, the model is run under the conditions that the run lacks.
+        """
+        yield from _extract_blocks(self)
+        if self.conditions:
+            with _evaluation(self.loaded.model), full_disk_told():
+                _extract_conditions(self)
 
 
 def _wanted(
@@ -219,7 +230,7 @@ def _wanted(
 ) -> ExtractSpec:
     chosen = list(analysers)
     beside = [spec] if spec is not None else [ExtractSpec()]
-    wanted = requirements(chosen, beside) if chosen else union(beside)
+    wanted = requirements(chosen, beside)
     return replace(wanted, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
 
 
@@ -400,7 +411,7 @@ def _probe_inputs(loaded: LoadedModel, prepared: Prepared, ready: Sequence[Input
         if i in prepared.problems:
             continue
         try:
-            return loaded.family.encode([prepared.samples[i]], loaded)
+            return encoded_samples([prepared.samples[i]], loaded)
         except SampleError as error:
             prepared.problems[i] = _blameless(str(error))
     first = next(iter(prepared.problems.items()))
@@ -469,6 +480,33 @@ def _extract_blocks(begun: Extraction) -> Iterator[range]:
     report("done")
 
 
+def _extract_conditions(begun: Extraction) -> None:
+    """Run the model under the conditions that the run lacks; in batches of the samples' own, as they were recorded."""
+    loaded, run, ready, report = begun.loaded, begun.run, begun.ready, begun.report
+    places = Places.of(run, run.spec)
+    left_out = {int(at): "it was left out" for at in np.flatnonzero(run.status == LEFT_OUT)}
+    prepared = replace(begun.prepared, problems={**begun.prepared.problems, **left_out})
+    size = _batch_size(begun, places)
+    job = _Job(loaded, run, run.spec, prepared, ready, size, BlockWriter(), places, report.check)
+    job.writer.close()
+
+    def encode(positions: Sequence[int], samples: Sequence[Sample]) -> Inputs:
+        return collated([ready[at] for at in positions]) if ready is not None else encoded_samples(samples, loaded)
+
+    def check(message: str) -> None:
+        report.check()
+        report("conditions", message)
+
+    batches = Batches(
+        samples=prepared.samples,
+        encoded=lambda block: _encoded_batches(job, block)[0],
+        encode=encode,
+        layouts=lambda inputs, seed: _Layouts(job, inputs, seed),
+        seed=_batch_seed,
+    )
+    extract_conditions(loaded, run, begun.conditions, batches, check)
+
+
 def _batch_size(begun: Extraction, places: Places) -> int:
     """Samples that the model sees at once: one where its calls don't keep the batch of samples."""
     family = begun.loaded.family
@@ -480,6 +518,11 @@ def _batch_size(begun: Extraction, places: Places) -> int:
             size if _keeps_batch(begun.loaded, places, _probe_inputs(begun.loaded, begun.prepared, begun.ready)) else 1
         )
     return size
+
+
+def _batch_seed(block: range, rows: Sequence[int]) -> int:
+    """What a batch's forward draws from, such as ViLT's order of patches."""
+    return _SEED + block.start + rows[0]
 
 
 def _keeps_batch(loaded: LoadedModel, places: Places, inputs: Inputs) -> bool:
@@ -550,7 +593,7 @@ def _extract_block(job: _Job, block: range) -> tuple[int, int]:
     with torch.random.fork_rng(devices=_cuda_devices(job.loaded)):
         for batch_rows, inputs in batches:
             job.check()
-            seed = _SEED + block.start + batch_rows[0]
+            seed = _batch_seed(block, batch_rows)
             layouts = _Layouts(job, inputs, seed)
             torch.manual_seed(seed)
             score, counts = _run_batch(job, buffer, batch_rows, inputs, layouts)
@@ -617,7 +660,7 @@ def _sharing(job: _Job, block: range, rows: Sequence[int]) -> Iterator[list[int]
 def _encode(job: _Job, block: range, rows: list[int], problems: dict[int, str]) -> tuple[list[int], Inputs]:
     if job.ready is not None:
         return rows, collated([job.ready[block.start + r] for r in rows])
-    encode = job.loaded.family.encode
+    encode = encoded_samples
     samples = [job.prepared.samples[block.start + r] for r in rows]
     try:
         return rows, encode(samples, job.loaded)

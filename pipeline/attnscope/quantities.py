@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
 
+from attnscope.conditions import Condition, distinct
+
 SCHEMA_VERSION = 1
 
 T = TypeVar("T")
@@ -132,7 +134,8 @@ class ExtractSpec:
     `target` names the scalar that gradients and scores are taken of: a class number, 'predicted', 'similarity',
     'cls_norm' or another name that the model's family knows; None is the family's default. `summaries`: with the
     attention, record what answers questions over many samples (`SUMMARIES`); on a CPU extraction then takes 1.3 to 1.8
-    times as long.
+    times as long. `conditions` are changes of the inputs under which the model runs again; a run that stands gains
+    those that it lacks.
     """
 
     quantities: frozenset[str] = frozenset({"attention"})
@@ -142,6 +145,7 @@ class ExtractSpec:
     encoding: str = "float16"
     form: str = "auto"
     summaries: bool = False
+    conditions: tuple[Condition, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = sorted(self.quantities - EXTRACTABLE)
@@ -168,7 +172,7 @@ class ExtractSpec:
         return bool(self.quantities - {"weights"})
 
     def covers(self, other: "ExtractSpec") -> bool:
-        """Whether a run of this spec holds all that `other` asks for."""
+        """Whether a run of this spec holds all that `other` asks for, conditions aside: a run gains those later."""
         mine = self.recorded | {small for small, full in DERIVED_FROM.items() if full in self.quantities}
         return (
             other.quantities <= mine
@@ -191,6 +195,7 @@ class ExtractSpec:
             raise ValueError(f"extraction spec has unknown fields {sorted(set(plain) - known)}")
         sets = ("quantities", "sites", "layers")
         fields_: dict[str, Any] = {k: frozenset(v) if k in sets and v is not None else v for k, v in plain.items()}
+        fields_["conditions"] = tuple(Condition.from_json(c) for c in plain.get("conditions", ()))
         return cls(**fields_)
 
 
@@ -213,6 +218,7 @@ def union(specs: Iterable[ExtractSpec]) -> ExtractSpec:
         encoding=_widest({s.encoding for s in specs}),
         form=next(iter(forms), "auto"),
         summaries=any(s.summaries for s in specs),
+        conditions=distinct(c for s in specs for c in s.conditions),
     )
 
 

@@ -12,8 +12,9 @@ import zarr
 from attnscope.arrays import WHOLE_RUN
 from attnscope.checking import CheckReport, Fault, check_run
 from attnscope.claims import Claims
+from attnscope.outputs import forget_set, set_of
 from attnscope.run import Run, RunError, open_run
-from attnscope.stores import delete, delete_below
+from attnscope.stores import delete, delete_below, open_group
 
 
 def repair_run(run: Run, found: CheckReport) -> list[str]:
@@ -39,6 +40,10 @@ def repair_run(run: Run, found: CheckReport) -> list[str]:
     analyses = sorted({fault.place.split("/")[1] for fault in faults if fault.place.startswith("analyses/")})
     for name in analyses:
         delete_below(run.store, f"analyses/{name}")
+    outputs = sorted({name for fault in faults if (name := set_of(fault.place))})
+    for name in outputs:
+        forget_set(open_group(run.store, mode="r+"), name)
+    faults = tuple(fault for fault in faults if not set_of(fault.place))
     lost = sorted({part for fault in faults if (part := _part_of_all(fault))})
     if lost:
         for part in lost:
@@ -50,6 +55,7 @@ def repair_run(run: Run, found: CheckReport) -> list[str]:
         forget(run, block)
     done = [f"{place} has its metadata again" for place in restored]
     done += [f"analysis {name!r} is deleted: run it again" for name in analyses]
+    done += [f"outputs under conditions {name!r} are deleted: the next extraction runs them again" for name in outputs]
     done += [f"{part} will be written by the next extraction" for part in lost]
     if blocks:
         count = sum(map(len, blocks))

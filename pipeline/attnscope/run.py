@@ -45,6 +45,8 @@ from attnscope.attention_array import (
 )
 from attnscope.claims import FOLDER as CLAIMS_FOLDER
 from attnscope.claims import POLL, Claims
+from attnscope.conditions import Condition
+from attnscope.outputs import complete_sets, read_outputs
 from attnscope.plan import _DENSE_DTYPE, RunPlan, SitePlan, plan_from_attrs, plan_to_attrs, unit_for
 from attnscope.quantities import (
     DERIVED_FROM,
@@ -326,6 +328,7 @@ class Run:
         """Raise MissingQuantity unless the run holds what `spec` asks for."""
         mine = self.spec
         if mine.covers(spec):
+            self._require_conditions(spec, asker)
             return
         absent = sorted(q for q in spec.quantities if not mine.covers(ExtractSpec(frozenset({q}))))
         if absent:
@@ -337,6 +340,18 @@ class Run:
         raise MissingQuantity(
             f"{asker} {wanted}; extract again into another run with --for {asker.rsplit(maxsplit=1)[-1]}"
         )
+
+    def _require_conditions(self, spec: ExtractSpec, asker: str) -> None:
+        if not spec.conditions:
+            return
+        held = set(self.conditions)
+        absent = [c.name for c in spec.conditions if c not in held]
+        if absent:
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            raise MissingQuantity(
+                f"{asker} needs the model's outputs under {absent[0]!r}{more}, which {self.location} does not hold;"
+                f" the same attnscope extract with --for {asker.rsplit(maxsplit=1)[-1].strip(chr(39))} adds them"
+            )
 
     def is_missing(self, block: range) -> bool:
         """Whether a block lacks its mark, as the store says now."""
@@ -473,6 +488,22 @@ class Run:
         """What the model gave: `score` (condition, sample) and others."""
         found = self._dataset("outputs").assign_coords({"sample": self._sample_coordinate()})
         return found.assign_coords(condition=list(self.plan.conditions))
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """The conditions under which the run holds the model's outputs for every sample."""
+        return tuple(c for made in complete_sets(self._group) for c in made.conditions)
+
+    def outputs_under(self, conditions: Sequence[Condition]) -> xr.Dataset:
+        """What the model gave under these conditions: (condition, sample), with `phrase` where they are by phrase.
+
+        `score`, `loss` (nats), `correct`, and how many tokens were asked for, changed, and could have been. NaN (and
+        `changed` -1) where a condition doesn't apply to a sample, such as one without a box.
+        """
+        try:
+            return read_outputs(self._group, conditions, self.sample_ids)
+        except KeyError as error:
+            raise MissingQuantity(f"{self.location} holds no outputs under {error.args[0]!r}") from None
 
     # -- analyses ---------------------------------------------------------------------------------------------------
 

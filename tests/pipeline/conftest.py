@@ -112,6 +112,22 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_vilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViLT that tells masked words: 2 layers, 4 heads, 4 x 4 patches of a 32-pixel image."""
+    from transformers import ViltConfig, ViltForMaskedLM, ViltImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("vilt")
+    config = ViltConfig(
+        vocab_size=5 + len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=16, image_size=32, patch_size=8, max_image_length=-1, type_vocab_size=2,
+    )  # fmt: skip
+    _wide(ViltForMaskedLM(config)).save_pretrained(folder)  # type: ignore[attr-defined]
+    _save_tokenizer(folder)
+    ViltImageProcessorPil(size={"shortest_edge": 32}, size_divisor=8).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def captioned_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nine noise images of several sizes with captions of several lengths, in a folder with metadata.jsonl."""
     import json

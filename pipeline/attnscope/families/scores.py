@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from attnscope.families.labels import LABELS, UNASKED
+from attnscope.families.losses import word_logits
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -32,7 +35,7 @@ def similarity(outputs: object, inputs: object, loaded: "LoadedModel") -> "Tenso
 
 def matching(outputs: object, inputs: object, loaded: "LoadedModel") -> "Tensor":
     """The log-odds that each image and its text belong together, of a model with a matching head (nats)."""
-    logits = _first(outputs, "itm_score", "itm_logits", "logits", "logits_per_image")
+    logits = _first(outputs, "itm_score", "itm_logits", "cross_relationship_score", "logits", "logits_per_image")
     if logits is None or logits.ndim != 2 or logits.shape[1] > 2:
         raise ValueError(f"{loaded.name!r} gives no matching score of image and text")
     return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
@@ -59,6 +62,11 @@ def mean_norm(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedMo
 
 def last_token(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedModel") -> "Tensor":
     """The largest logit at the last real token of a language model: what it would say next."""
+    return last_logits(outputs, inputs, loaded).amax(dim=-1)
+
+
+def last_logits(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedModel") -> "Tensor":
+    """The logits of a language model at the last real token: (sample, word)."""
     import torch
 
     logits = getattr(outputs, "logits", None)
@@ -67,10 +75,31 @@ def last_token(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedM
     mask = inputs.get("attention_mask")
     rows = torch.arange(len(logits), device=logits.device)
     if mask is None or mask.shape != logits.shape[:2]:
-        return logits[rows, -1].amax(dim=-1)
+        return logits[rows, -1]
     # The last attended position, whichever side the padding is on.
     places = torch.arange(mask.shape[1], device=mask.device) * mask
-    return logits[rows, places.argmax(dim=1).to(logits.device)].amax(dim=-1)
+    return logits[rows, places.argmax(dim=1).to(logits.device)]
+
+
+def masked_words(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedModel") -> "Tensor":
+    """The mean logit of the words that a sample's mask tokens stand for, `targets['masked']`."""
+    labels = inputs.get(LABELS)
+    if labels is None:
+        raise ValueError("the target 'masked' needs mask tokens in the text and what they stand for, targets['masked']")
+    logits = word_logits(outputs, labels.shape[1], loaded)
+    labels = labels.to(logits.device)
+    chosen = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    asked = labels != UNASKED
+    return (chosen * asked).sum(dim=1) / asked.sum(dim=1)
+
+
+def answer_logits(
+    outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedModel", target: str | int
+) -> "Tensor | None":
+    """The logits (sample, class or word) among which a target is one; None where the target is no logit."""
+    if isinstance(target, int) or target == "predicted" or target.lstrip("-").isdigit():
+        return class_logits(outputs, inputs, loaded)
+    return last_logits(outputs, inputs, loaded) if target == "last_token" else None
 
 
 def default_target(outputs: object) -> str:
@@ -105,4 +134,5 @@ SCORES: "Mapping[str, Callable[[object, dict[str, Tensor], LoadedModel], Tensor]
     "cls_norm": cls_norm,
     "mean_norm": mean_norm,
     "last_token": last_token,
+    "masked": masked_words,
 }
