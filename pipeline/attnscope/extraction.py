@@ -487,7 +487,7 @@ def _extract_conditions(begun: Extraction) -> None:
     left_out = {int(at): "it was left out" for at in np.flatnonzero(run.status == LEFT_OUT)}
     prepared = replace(begun.prepared, problems={**begun.prepared.problems, **left_out})
     size = _batch_size(begun, places)
-    job = _Job(loaded, run, run.spec, prepared, ready, size, BlockWriter(), places, report.check)
+    job = _Job(loaded, run, run.spec, prepared, ready, size, BlockWriter(), places, report.check, RegionReader(loaded))
     job.writer.close()
 
     def encode(positions: Sequence[int], samples: Sequence[Sample]) -> Inputs:
