@@ -41,7 +41,7 @@ CORE = (
     "checking",
     "repairing",
 )
-ANALYSIS = ("statistics", "report", "plugins", "analysis", "rendering")
+ANALYSIS = ("statistics", "reading", "report", "plugins", "analysis", "rendering")
 EMBEDDED = ("embedded", "reference")
 MODEL_LINE = (
     "recording",
@@ -194,7 +194,12 @@ def test_heavy_modules_are_imported_only_where_they_belong() -> None:
 
 
 def test_plugins_import_only_public_names_and_never_each_other() -> None:
-    public = {"attnscope": set(attnscope.__all__), "attnscope.report": None, "attnscope.statistics": None}
+    public = {
+        "attnscope": set(attnscope.__all__),
+        "attnscope.reading": None,
+        "attnscope.report": None,
+        "attnscope.statistics": None,
+    }
     wrong = []
     for root, path in source_files(".py"):
         if root != "plugins":

@@ -97,9 +97,9 @@ def with_intervals(sums: xr.Dataset) -> xr.Dataset:
     """
     found: dict[str, xr.DataArray] = {}
     for full in sums_in(sums):
-        array = sums[full]
+        array = sums[full].transpose("moment", "draw", ...)
         name, template = full.removesuffix(_ENDING), array.isel(moment=0, draw=0, drop=True)
-        values = (*interval_of_sums(array.transpose("moment", "draw", ...).values), array.values[1, 0])
+        values = (*interval_of_sums(array.values), array.values[1, 0])
         for (ending, words), part in zip(_PARTS.items(), values, strict=True):
             meaning = str(array.attrs["long_name"]).removeprefix(_SUMS_OF)
             attrs = {"long_name": words.format(meaning), "units": array.attrs["units"]}

@@ -52,7 +52,7 @@ def make_run(
         channels=channels,
         value_channels=channels,
     )
-    plan = RunPlan(streams={"vision": tokens}, sites={"vision.self": site}, unit=2, thumbnails=True)
+    plan = RunPlan(streams={"vision": tokens}, sites={"vision.self": site}, unit=2, thumbnails=True, regions=1)
     spec = ExtractSpec(quantities=quantities, encoding="exact", summaries=True)
     listed = [
         Sample(f"sample-{i}", text=f"thing {i}", regions=(Region("thing", (0, 0, 1, 1)),)) for i in range(samples)
@@ -64,6 +64,7 @@ def make_run(
         relevance = np.clip(generator.normal(0, 1, (len(block), layers, tokens, tokens)), 0, None)
         layout = grid_layout(len(block), *grid)
         run.write_tokens("vision", block, layout)
+        run.write_block("vision/region_share", block, np.stack([np.arange(tokens) == 1] * len(block))[:, None])
         for layer in range(layers):
             run.write_layer("vision.self", "query_valid", block, layer, np.ones((len(block), tokens), bool))
             if "attention" in quantities:

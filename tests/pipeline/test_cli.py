@@ -270,7 +270,7 @@ def test_plugins_tell_where_analysers_come_from() -> None:
 def test_analyse_without_names_runs_what_fits(made: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(made, tmp_path / "run.zarr"))
     told = output("analyse", folder, "--option", "qk_svd.null_draws=2")
-    assert told.startswith("qk_svd: ")
+    assert "qk_svd: " in told
     assert "relevance: " in told
     assert json.loads(open_run(folder).analysis("qk_svd").attrs["options"])["null_draws"] == 2
     assert output("report", folder) == f"report:  {tmp_path / 'report.html'}\n"

@@ -181,7 +181,7 @@ def test_every_command_works_on_a_bucket(bucket: str, tiny_vit: Path, captioned_
     query = ["vision.self", "--sample", "s3", "--layer", "1", "--query", "cls", "--top", "5", "--format", "csv"]
     assert succeed("query", bucket, *query) == succeed("query", str(tmp_path / "run.zarr"), *query)
     assert "relevance:" in succeed("analyse", bucket)
-    assert open_run(bucket).analyses == ("qk_svd", "relevance")
+    assert {"qk_svd", "relevance"} <= set(open_run(bucket).analyses)
     assert list(keys(open_store(bucket), "samples/status/claims")) == []
 
 

@@ -1,0 +1,90 @@
+"""What analysers read of a run besides its quantities: tokens and regions of a block of samples, and pictures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from attnscope.run import EXTRACTED, Run
+from attnscope.tokens import KIND_CODES
+
+MODALITIES = {"image": ("image",), "text": ("text", "generated")}
+"""Kinds of the tokens that hold what an image shows and what a text says; CLS, registers, special tokens don't."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBlock:
+    """The tokens of one stream for some samples: (sample, token) arrays, and `region_share` (sample, region, token)."""
+
+    kind: np.ndarray
+    text: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    region_share: np.ndarray
+
+    def is_of(self, *kinds: str) -> np.ndarray:
+        """Which tokens are of these kinds, (sample, token)."""
+        return np.isin(self.kind, [KIND_CODES[kind] for kind in kinds])
+
+    def objects(self, chosen: np.ndarray, sample: int, *, inside: float, largest: float) -> np.ndarray:
+        """Regions of a sample that are objects among the chosen tokens, (object, chosen token) bool.
+
+        A token belongs to a region that covers at least the share `inside` of it. Left out are regions that hold no
+        token, or more than the share `largest` of them (a ground, a sky), or of which it isn't known.
+        """
+        shares = self.region_share[sample][:, chosen]
+        members = shares[np.isfinite(shares).all(-1)] >= inside if shares.size else np.zeros((0, chosen.sum()), bool)
+        part = members.mean(-1) if members.size else np.zeros(len(members))
+        return members[(part > 0) & (part <= largest)]
+
+
+def extracted_in(run: Run, block: range) -> np.ndarray:
+    """Positions in the run of the samples of a block that are extracted."""
+    return block.start + np.flatnonzero(run.status[block.start : block.stop] == EXTRACTED)
+
+
+def read_tokens(run: Run, stream: str, positions: np.ndarray) -> TokenBlock:
+    """The tokens of a stream for the samples at these positions."""
+    tokens = run.tokens(stream).isel(sample=positions)
+    kind, text, row, column = (tokens[name].values for name in ("kind", "token_text", "row", "column"))
+    empty = np.full((len(positions), 0, tokens.sizes["token"]), np.nan, np.float32)
+    return TokenBlock(kind, text, row, column, tokens["region_share"].values if "region_share" in tokens else empty)
+
+
+def read_pictures(run: Run, positions: Sequence[int] | np.ndarray) -> np.ndarray | None:
+    """The images of these samples as the model saw them, (sample, row, column, colour) uint8; None in a run of text."""
+    return run.samples["thumbnail"].isel(sample=np.asarray(positions)).values if run.plan.thumbnails else None
+
+
+def on_grid(values: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """Values of tokens (token) on their patch grid (row, column); NaN where there is no token or value."""
+    placed = row >= 0
+    grid = np.full((int(row.max(initial=0)) + 1, int(column.max(initial=0)) + 1), np.nan)
+    grid[row[placed], column[placed]] = values[placed]
+    return grid
+
+
+def chosen_sites(run: Run, sites: Sequence[str] | None) -> list[str]:
+    """The sites that an analyser's option names, or all; ValueError for one that the run doesn't have."""
+    for site in sites or ():
+        if site not in run.sites:
+            raise ValueError(f"{run.location} has no site {site!r}; it has {', '.join(run.sites)}")
+    return list(sites or run.sites)
+
+
+def chosen_layers(run: Run, site: str, layers: Sequence[int] | None) -> dict[int, int]:
+    """Layer number to its position in the run's arrays, for the layers that an option names, or all of the site."""
+    known = {layer: position for position, layer in enumerate(run.plan.sites[site].layers)}
+    for layer in layers or ():
+        if layer not in known:
+            raise ValueError(f"site {site!r} has no layer {layer}; it has {min(known)} to {max(known)}")
+    return {layer: known[layer] for layer in layers or known}
+
+
+def join_sites(parts: dict[str, xr.Dataset], fill: dict[str, object] | None = None) -> xr.Dataset:
+    """Results of several sites side by side; what a site lacks is NaN, and 0 in sums."""
+    sums = {str(n): 0.0 for part in parts.values() for n in part.data_vars if str(n).endswith("_sums")}
+    along = xr.Variable("site", np.array(list(parts), object), {"long_name": "kind of attention"})
+    return xr.concat(list(parts.values()), along, join="outer", coords="minimal", compat="override",
+                     data_vars="all", fill_value={**sums, **(fill or {})})  # fmt: skip
