@@ -34,6 +34,7 @@ CORE = (
     "arrays",
     "outputs",
     "claims",
+    "whole_shards",
     "selection",
     "questions",
     "run",

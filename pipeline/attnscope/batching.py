@@ -11,6 +11,7 @@ from attnscope.quantities import ExtractSpec
 # More gains nothing: processors with many lanes are busy by then.
 _LIMITS = {"cuda": 64, "cpu": 16}
 _SHARE = 0.5
+_MOST_WRITERS = 8
 # A transformer layer keeps about 34 activations of the hidden size a token for its backward pass (Korthikanti et al.,
 # Reducing Activation Recomputation in Large Transformer Models, MLSys 2023, section 4.1), besides the attention itself.
 _ACTIVATIONS = 34
@@ -46,6 +47,16 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (ValueError, OSError):
         return 2**31
+
+
+def writer_threads(device: torch.device) -> int:
+    """Threads that compress and write: one beside a model that keeps the processor busy, else a half of its cores."""
+    return 1 if device.type == "cpu" else max(1, min(_MOST_WRITERS, _cores() // 2))
+
+
+def _cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -65,7 +65,8 @@ class Claims:
                 break
             if not self._is_abandoned(key, found):
                 return False
-        self._held[name] = number
+        with self._lock:
+            self._held[name] = number
         if self._thread is None:
             self._thread = threading.Thread(target=self._renew, name="attnscope-claims", daemon=True)
             self._thread.start()

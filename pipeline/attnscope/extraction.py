@@ -5,9 +5,10 @@ and encode each layer as it comes, write, and mark the block as done at the very
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ import torch
 from zarr.abc.store import Store
 
 from attnscope.analysis import requirements
-from attnscope.batching import batch_that_fits, is_out_of_memory
+from attnscope.batching import batch_that_fits, is_out_of_memory, writer_threads
 from attnscope.capturing import Places, Taker
 from attnscope.claims import POLL, Claims
 from attnscope.conditions import Condition
@@ -81,9 +82,18 @@ class ReadySample:
     inputs: Inputs
 
 
+@dataclass(frozen=True)
+class _BlockDone:
+    """A block that was committed: how many samples were left out, and the bytes of its site quantities."""
+
+    block: range
+    left_out: int
+    nbytes: int
+
+
 @dataclass
-class _Job:
-    """What does not change while a run is extracted."""
+class _Work:
+    """Which samples go through which model, and how many at once."""
 
     loaded: LoadedModel
     run: Run
@@ -91,10 +101,18 @@ class _Job:
     prepared: Prepared
     ready: Sequence[Inputs] | None
     batch_size: int
+
+
+@dataclass
+class _Job(_Work):
+    """The same with all that recording and writing need; what does not change while a run is extracted."""
+
     writer: BlockWriter
     places: Places
     check: Callable[[], None]
     regions: RegionReader
+    claims: Claims
+    done: deque[_BlockDone] = field(default_factory=deque)
 
 
 def extract(
@@ -462,17 +480,20 @@ def _extract_blocks(begun: Extraction) -> Iterator[range]:
     places = Places.of(run, begun.spec)
     with _evaluation(loaded.model), full_disk_told(), Claims(run.store) as claims:
         claims.remove_partial_files()
-        writer = BlockWriter()
+        writer = BlockWriter(writer_threads(loaded.device))
         size = _batch_size(begun, places)
         job = _Job(loaded, run, begun.spec, begun.prepared, begun.ready, size, writer, places, report.check,
-                   RegionReader(loaded))  # fmt: skip
+                   RegionReader(loaded), claims)  # fmt: skip
         try:
             for block in _claimed(run, run.missing(), claims, report.check):
-                left_out, nbytes = _extract_within_memory(job, block, report)
-                report.add(len(block), left_out, nbytes)
-                yield block
+                _extract_within_memory(job, block, report)
+                yield from report.add(job.done)
+            writer.flush()
+            yield from report.add(job.done)
         finally:
             writer.close()
+            for _ in report.add(job.done):
+                pass
         claims.remove_partial_files()
         claims.clear()
     # Others may have done a part of it.
@@ -487,8 +508,7 @@ def _extract_conditions(begun: Extraction) -> None:
     left_out = {int(at): "it was left out" for at in np.flatnonzero(run.status == LEFT_OUT)}
     prepared = replace(begun.prepared, problems={**begun.prepared.problems, **left_out})
     size = _batch_size(begun, places)
-    job = _Job(loaded, run, run.spec, prepared, ready, size, BlockWriter(), places, report.check, RegionReader(loaded))
-    job.writer.close()
+    work = _Work(loaded, run, run.spec, prepared, ready, size)
 
     def encode(positions: Sequence[int], samples: Sequence[Sample]) -> Inputs:
         return collated([ready[at] for at in positions]) if ready is not None else encoded_samples(samples, loaded)
@@ -499,9 +519,9 @@ def _extract_conditions(begun: Extraction) -> None:
 
     batches = Batches(
         samples=prepared.samples,
-        encoded=lambda block: _encoded_batches(job, block)[0],
+        encoded=lambda block: _encoded_batches(work, block)[0],
         encode=encode,
-        layouts=lambda inputs, seed: _Layouts(job, inputs, seed),
+        layouts=lambda inputs, seed: _Layouts(work, inputs, seed),
         seed=_batch_seed,
     )
     extract_conditions(loaded, run, begun.conditions, batches, check)
@@ -541,7 +561,7 @@ def _keeps_batch(loaded: LoadedModel, places: Places, inputs: Inputs) -> bool:
     return set(batches) <= {2}
 
 
-def _extract_within_memory(job: _Job, block: range, report: "_Reporter") -> tuple[int, int]:
+def _extract_within_memory(job: _Job, block: range, report: "_Reporter") -> None:
     """Extract one block; when memory runs out, again from its start with half the batch, down to one sample."""
     while True:
         try:
@@ -550,6 +570,7 @@ def _extract_within_memory(job: _Job, block: range, report: "_Reporter") -> tupl
             if job.batch_size == 1 or not is_out_of_memory(error):
                 raise
         # Outside of the handler, whose traceback would hold on to the tensors that have to go.
+        job.writer.flush()
         job.batch_size //= 2
         if job.loaded.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -559,7 +580,8 @@ def _extract_within_memory(job: _Job, block: range, report: "_Reporter") -> tupl
 def _claimed(run: Run, missing: list[range], claims: Claims, check: Callable[[], None]) -> Iterator[range]:
     """Each of the missing blocks that no other process has claimed, or that another has claimed and abandoned.
 
-    Ends when none of them is missing: what others have in their hands is waited for. `check` is called now and then.
+    It stays claimed: who commits it releases it. Ends when none of them is missing: what others have in their hands is
+    waited for. `check` is called now and then.
     """
     while missing:
         theirs = []
@@ -575,17 +597,19 @@ def _claimed(run: Run, missing: list[range], claims: Claims, check: Callable[[],
             # Its former owner may have finished it just before it was claimed.
             if run.is_missing(block):
                 yield block
-            claims.release(name)
+            else:
+                claims.release(name)
         if len(theirs) == len(missing):
             time.sleep(POLL)
         missing = theirs
 
 
-def _extract_block(job: _Job, block: range) -> tuple[int, int]:
-    """Extract and commit one block; the number of samples left out and the bytes written."""
+def _extract_block(job: _Job, block: range) -> None:
+    """Extract one block; it is committed when all of it is written, while the next one is under way."""
     batches, problems = _encoded_batches(job, block)
     rows = [r for batch_rows, _ in batches for r in batch_rows]
-    buffer = BlockBuffer(job.run, block, rows, job.writer)
+    jobs = job.writer.block()
+    buffer = BlockBuffer(job.run, block, rows, jobs)
     tokens = {name: TokenBuffer(len(block), count) for name, count in job.run.plan.streams.items()}
     regions = _Regions(job, block)
     scores = np.full((1, len(block)), np.nan, np.float32)
@@ -608,9 +632,15 @@ def _extract_block(job: _Job, block: range) -> tuple[int, int]:
         raise RecordingError(
             f"the model did not run {unfinished[0]} for every sample; its calls differ between batches"
         )
-    regions.write()
-    _write_rest(job, block, tokens, scores, pictures, problems)
-    return len(problems), buffer.bytes
+    done = _BlockDone(block, len(problems), buffer.bytes)
+
+    def finish() -> None:
+        regions.write()
+        _write_rest(job, block, tokens, scores, pictures, problems)
+        job.claims.release(str(block.start))
+        job.done.append(done)
+
+    jobs.close(finish)
 
 
 def _write_rest(
@@ -621,6 +651,7 @@ def _write_rest(
     pictures: np.ndarray,
     problems: Mapping[int, str],
 ) -> None:
+    """Write what is not of a site, and at the very end the mark that the block is done."""
     run = job.run
     for name, stream in tokens.items():
         run.write_tokens(name, block, stream.layout)
@@ -632,49 +663,48 @@ def _write_rest(
     digests = ["" if r in problems else s.image_digest() for r, s in enumerate(samples)]
     run.write_block("samples/image_digest", block, np.array(digests, object))
     run.write_block("samples/reason", block, np.array([problems.get(r, "") for r in range(len(block))], object))
-    job.writer.flush()
     run.commit(block, np.array([LEFT_OUT if r in problems else EXTRACTED for r in range(len(block))]))
 
 
-def _encoded_batches(job: _Job, block: range) -> tuple[list[tuple[list[int], Inputs]], dict[int, str]]:
+def _encoded_batches(work: _Work, block: range) -> tuple[list[tuple[list[int], Inputs]], dict[int, str]]:
     """Inputs of a block in batches of like length: (rows in the block, inputs); and the reasons of those left out."""
-    problems = {i - block.start: job.prepared.problems[i] for i in block if i in job.prepared.problems}
+    problems = {i - block.start: work.prepared.problems[i] for i in block if i in work.prepared.problems}
     rows = [r for r in range(len(block)) if r not in problems]
-    rows.sort(key=lambda r: job.prepared.lengths[block.start + r])
+    rows.sort(key=lambda r: work.prepared.lengths[block.start + r])
     batches = []
-    for chosen in _sharing(job, block, rows):
-        usable, inputs = _encode(job, block, chosen, problems)
+    for chosen in _sharing(work, block, rows):
+        usable, inputs = _encode(work, block, chosen, problems)
         if usable:
             batches.append((usable, inputs))
     return batches, problems
 
 
-def _sharing(job: _Job, block: range, rows: Sequence[int]) -> Iterator[list[int]]:
+def _sharing(work: _Work, block: range, rows: Sequence[int]) -> Iterator[list[int]]:
     """The rows in order, as many as a batch takes, and only such as can be put into one."""
-    ready = job.ready
+    ready = work.ready
     groups = [list(rows)] if ready is None else alike([ready[i] for i in block], rows)
     for group in groups:
-        yield from (group[start : start + job.batch_size] for start in range(0, len(group), job.batch_size))
+        yield from (group[start : start + work.batch_size] for start in range(0, len(group), work.batch_size))
 
 
-def _encode(job: _Job, block: range, rows: list[int], problems: dict[int, str]) -> tuple[list[int], Inputs]:
-    if job.ready is not None:
-        return rows, collated([job.ready[block.start + r] for r in rows])
+def _encode(work: _Work, block: range, rows: list[int], problems: dict[int, str]) -> tuple[list[int], Inputs]:
+    if work.ready is not None:
+        return rows, collated([work.ready[block.start + r] for r in rows])
     encode = encoded_samples
-    samples = [job.prepared.samples[block.start + r] for r in rows]
+    samples = [work.prepared.samples[block.start + r] for r in rows]
     try:
-        return rows, encode(samples, job.loaded)
+        return rows, encode(samples, work.loaded)
     except SampleError:
         pass
     usable = []
     for row, sample in zip(rows, samples, strict=True):
         try:
-            encode([sample], job.loaded)
+            encode([sample], work.loaded)
             usable.append(row)
         except SampleError as error:
             problems[row] = _blameless(str(error))
-    kept = [job.prepared.samples[block.start + r] for r in usable]
-    return usable, encode(kept, job.loaded) if kept else {}
+    kept = [work.prepared.samples[block.start + r] for r in usable]
+    return usable, encode(kept, work.loaded) if kept else {}
 
 
 def _run_batch(
@@ -745,8 +775,8 @@ class _Regions:
 class _Layouts:
     """The token layouts of one batch, each made once, when it is first asked for."""
 
-    def __init__(self, job: _Job, inputs: Inputs, seed: int) -> None:
-        self._job = job
+    def __init__(self, work: _Work, inputs: Inputs, seed: int) -> None:
+        self._work = work
         self._inputs = inputs
         self._seed = seed
         self._made: dict[tuple[str, int], TokenLayout] = {}
@@ -760,10 +790,10 @@ class _Layouts:
             When the family lays out fewer tokens than the model attended to.
         """
         if (stream, tokens) not in self._made:
-            with torch.random.fork_rng(devices=_cuda_devices(self._job.loaded)):
+            with torch.random.fork_rng(devices=_cuda_devices(self._work.loaded)):
                 # A layout that depends on what the model drew (ViLT's order of patches) draws it again.
                 torch.manual_seed(self._seed)
-                self._made[stream, tokens] = _layout(self._job, self._inputs, stream, tokens)
+                self._made[stream, tokens] = _layout(self._work, self._inputs, stream, tokens)
         return self._made[stream, tokens]
 
     def kinds(self, stream: str, tokens: int) -> np.ndarray:
@@ -771,35 +801,35 @@ class _Layouts:
         return self.of(stream, tokens).kind
 
 
-def _layout(job: _Job, inputs: Inputs, stream: str, tokens: int) -> TokenLayout:
+def _layout(work: _Work, inputs: Inputs, stream: str, tokens: int) -> TokenLayout:
     samples = len(next(iter(inputs.values())))
-    sites = job.run.plan.sites.values()
+    sites = work.run.plan.sites.values()
     packed = {s for site in sites if site.guessed and -1 in site.call_numbers for s in (site.queries, site.keys)}
     base = stream.partition(".")[0]
-    layout = None if stream in packed else job.loaded.family.streams.get(base, DEFAULT_LAYOUTS.get(base))
-    made = unknown_layout(samples, tokens) if layout is None else layout(inputs, job.loaded, tokens)
-    if not tokens <= made.token_count <= job.run.plan.streams[stream]:
+    layout = None if stream in packed else work.loaded.family.streams.get(base, DEFAULT_LAYOUTS.get(base))
+    made = unknown_layout(samples, tokens) if layout is None else layout(inputs, work.loaded, tokens)
+    if not tokens <= made.token_count <= work.run.plan.streams[stream]:
         raise RecordingError(
-            f"family {job.loaded.family.name!r} lays out {made.token_count} tokens of stream {stream!r}, of which"
+            f"family {work.loaded.family.name!r} lays out {made.token_count} tokens of stream {stream!r}, of which"
             f" the model attended to {tokens}"
         )
     return made
 
 
-def _thumbnails(job: _Job, block: range, rows: Sequence[int], inputs: Inputs) -> np.ndarray:
+def _thumbnails(work: _Work, block: range, rows: Sequence[int], inputs: Inputs) -> np.ndarray:
     """The images as the model saw them, (sample, row, column, colour) uint8."""
     from PIL import Image
 
     size = (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS)
     pixels = inputs.get("pixel_values")
-    processor = job.loaded.image_processor
+    processor = work.loaded.image_processor
     if pixels is not None and pixels.ndim == 4 and pixels.shape[1] == 3 and len(pixels) == len(rows):
         mean = torch.tensor(getattr(processor, "image_mean", None) or [0.0] * 3).view(3, 1, 1)
         std = torch.tensor(getattr(processor, "image_std", None) or [1.0] * 3).view(3, 1, 1)
         seen = ((pixels.float().cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
         pictures = [Image.fromarray(p) for p in seen]
     else:
-        loaded = [job.prepared.samples[block.start + r].load_image() for r in rows]
+        loaded = [work.prepared.samples[block.start + r].load_image() for r in rows]
         pictures = [p if p is not None else Image.new("RGB", size) for p in loaded]
     return np.stack([np.asarray(p.resize(size, Image.Resampling.BILINEAR)) for p in pictures])
 
@@ -875,11 +905,15 @@ class _Reporter:
                 f"stopped at the deadline with {self.done} of {self.total} samples done; repeat the command"
             )
 
-    def add(self, done: int, left_out: int, nbytes: int) -> None:
-        self.done += done
-        self._left_out += left_out
-        self._bytes += nbytes
-        self("extract")
+    def add(self, committed: deque[_BlockDone]) -> Iterator[range]:
+        """Tell of the blocks that were committed since the last time, and give each; the writer adds to the queue."""
+        while committed:
+            done = committed.popleft()
+            self.done += len(done.block)
+            self._left_out += done.left_out
+            self._bytes += done.nbytes
+            self("extract")
+            yield done.block
 
     def __call__(self, stage: str, message: str = "") -> None:
         if self.tell is not None:

@@ -62,6 +62,7 @@ from attnscope.samples import Sample
 from attnscope.selection import Choice, select
 from attnscope.stores import StoreError, delete, keys, open_group, open_store, read
 from attnscope.tokens import KINDS, TokenLayout
+from attnscope.whole_shards import write_shard
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -176,11 +177,15 @@ class Run:
 
     def write_layer(self, site: str, name: str, block: range, layer: int, values: np.ndarray) -> None:
         """Write one quantity of one layer (a position, not a number) for a whole block; values are (sample, ...)."""
-        self._array(f"{site}/{name}")[block.start : block.stop, layer] = values
+        array = self._array(f"{site}/{name}")
+        if not write_shard(array, (block.start, layer, *(0 for _ in values.shape[1:])), values):
+            array[block.start : block.stop, layer] = values
 
     def write_layers(self, site: str, name: str, block: range, values: np.ndarray) -> None:
         """Write one quantity of all layers for a whole block; values are (sample, layer, ...)."""
-        self._array(f"{site}/{name}")[block.start : block.stop] = values
+        array = self._array(f"{site}/{name}")
+        if not write_shard(array, (block.start, *(0 for _ in values.shape[1:])), values):
+            array[block.start : block.stop] = values
 
     def write_block(self, path: str, block: range, values: np.ndarray) -> None:
         """Write an array of `samples`, of a stream, or of `outputs` for a whole block; values are (sample, ...)."""

@@ -1,8 +1,8 @@
 """From recorded calls to stored blocks: encode, gather a block, write it while the model goes on."""
 
-import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -48,42 +48,56 @@ def head_tiles(call: AttentionCall) -> list[slice]:
 
 
 class BlockWriter:
-    """A thread that writes what is put into its bounded queue, in order.
+    """Threads that write what is put into a bounded queue, block by block.
 
-    A failure there comes out of the next `put` or `flush`; a full disk as one sentence.
+    Jobs of a block may run side by side; its last one runs after all of them, while the model is at the next block
+    already. A failure comes out of the next `put` or `flush`, a full disk as one sentence; a block that failed never
+    sees its last job.
     """
 
-    def __init__(self) -> None:
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(_QUEUE_LENGTH)
+    def __init__(self, threads: int = 1) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="attnscope-writer")
+        self._free = threading.Semaphore(_QUEUE_LENGTH + threads)
+        self._idle = threading.Condition()
+        self._waiting = 0
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="attnscope-writer", daemon=True)
-        self._thread.start()
 
-    def put(self, job: Callable[[], None]) -> None:
-        """Write later; waits while the queue is full."""
+    def block(self) -> "BlockJobs":
+        """A queue for the jobs of one block."""
+        return BlockJobs(self)
+
+    def put(self, job: Callable[[], None], after: Callable[[bool], None]) -> None:
+        """Run a job later, and after it `after` with whether it succeeded; waits while the queue is full."""
         self._raise_failure()
-        self._jobs.put(job)
+        self._free.acquire()
+        with self._idle:
+            self._waiting += 1
+        self._pool.submit(self._run, job, after)
 
     def flush(self) -> None:
         """Wait until everything is written."""
-        self._jobs.join()
+        with self._idle:
+            self._idle.wait_for(lambda: not self._waiting)
         self._raise_failure()
 
     def close(self) -> None:
-        """End the thread; what is in the queue is written first."""
-        self._jobs.put(None)
-        self._thread.join()
+        """End the threads; what is in the queue is written first."""
+        self._pool.shutdown(wait=True)
 
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                if self._failure is None:
-                    job()
-            except BaseException as error:
-                self._failure = error
-            finally:
-                self._jobs.task_done()
-        self._jobs.task_done()
+    def _run(self, job: Callable[[], None], after: Callable[[bool], None]) -> None:
+        failed = False
+        try:
+            if self._failure is None:
+                job()
+            failed = self._failure is not None
+            after(not failed)
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._free.release()
+            with self._idle:
+                self._waiting -= 1
+                self._idle.notify_all()
 
     def _raise_failure(self) -> None:
         if self._failure is None:
@@ -93,13 +107,42 @@ class BlockWriter:
             raise failure
 
 
+class BlockJobs:
+    """The jobs of one block, of which the last waits for the others."""
+
+    def __init__(self, writer: BlockWriter) -> None:
+        self._writer = writer
+        self._lock = threading.Lock()
+        self._open = 1
+        self._last: Callable[[], None] | None = None
+
+    def put(self, job: Callable[[], None]) -> None:
+        """Write later; waits while the queue is full."""
+        with self._lock:
+            self._open += 1
+        self._writer.put(job, self._done)
+
+    def close(self, last: Callable[[], None]) -> None:
+        """Say that no job follows but the last one, which runs when all others have succeeded."""
+        self._last = last
+        self._writer.put(lambda: None, self._done)
+
+    def _done(self, succeeded: bool) -> None:
+        with self._lock:
+            # A job that failed is never counted as done.
+            self._open -= succeeded
+            finished = self._open == 0
+        if finished and self._last is not None:
+            self._last()
+
+
 class BlockBuffer:
     """The site quantities of one block; a layer is handed to the writer once every wanted row of it has come.
 
     Of summaries, which are small, all layers are handed over together.
     """
 
-    def __init__(self, run: Run, block: range, rows: Sequence[int], writer: BlockWriter) -> None:
+    def __init__(self, run: Run, block: range, rows: Sequence[int], writer: BlockJobs) -> None:
         self._run = run
         self._block = block
         self._wanted = len(rows)
@@ -113,10 +156,12 @@ class BlockBuffer:
         together = name in SUMMARIES
         place = (site, name, 0 if together else layer)
         array, filled = self._open.pop(place, (None, 0))
-        if array is None:
-            array = self._empty(plan, name, values.dtype)
-        places: tuple[Any, ...] = (list(rows), *(slice(0, n) for n in values.shape[1:]))
-        (array[:, layer] if together else array)[places] = values
+        if array is None and not together and self._is_whole(plan, name, rows, values):
+            array = values
+        else:
+            array = self._empty(plan, name, values.dtype) if array is None else array
+            places: tuple[Any, ...] = (list(rows), *(slice(0, n) for n in values.shape[1:]))
+            (array[:, layer] if together else array)[places] = values
         filled += len(rows)
         if filled < self._wanted * (len(plan.layers) if together else 1):
             self._open[place] = (array, filled)
@@ -131,13 +176,18 @@ class BlockBuffer:
         """What did not come for every row: names of quantity and layer."""
         return [f"{site}/{name} at layer position {layer}" for site, name, layer in self._open]
 
-    def _empty(self, site: SitePlan, name: str, dtype: np.dtype) -> np.ndarray:
-        row = SITE_QUANTITIES[name]
+    def _is_whole(self, site: SitePlan, name: str, rows: Sequence[int], values: np.ndarray) -> bool:
+        """Whether one batch brings a whole block, in its order, so that nothing has to be gathered."""
+        return list(rows) == list(range(len(self._block))) and values.shape == self._shape(site, name)
+
+    def _shape(self, site: SitePlan, name: str) -> tuple[int, ...]:
         sizes = self._run.plan.sizes(site)
         alone = {"sample"} if name in SUMMARIES else {"sample", "layer"}
-        shape = [len(self._block), *(sizes[d] for d in row.dims if d not in alone)]
+        return len(self._block), *(sizes[d] for d in SITE_QUANTITIES[name].dims if d not in alone)
+
+    def _empty(self, site: SitePlan, name: str, dtype: np.dtype) -> np.ndarray:
         # Codes can't be NaN as numbers; what stays unfilled is hidden by the token kinds in any case.
-        return np.full(shape, 0 if dtype.kind == "u" else row.fill, dtype)
+        return np.full(self._shape(site, name), 0 if dtype.kind == "u" else SITE_QUANTITIES[name].fill, dtype)
 
 
 class TokenBuffer:

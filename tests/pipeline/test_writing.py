@@ -1,0 +1,86 @@
+"""The threads that write blocks while the model goes on."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from attnscope.stores import StoreError
+from attnscope.writing import BlockWriter
+
+
+@pytest.fixture(params=[1, 4])
+def writer(request: pytest.FixtureRequest) -> BlockWriter:
+    return BlockWriter(request.param)
+
+
+def slow(done: list[str], name: str, seconds: float) -> Callable[[], None]:
+    def job() -> None:
+        time.sleep(seconds)
+        done.append(name)
+
+    return job
+
+
+def test_the_last_job_of_a_block_runs_after_all_its_others(writer: BlockWriter) -> None:
+    done: list[str] = []
+    first, second = writer.block(), writer.block()
+    for number in range(3):
+        first.put(slow(done, f"first {number}", 0.05 / (number + 1)))
+        second.put(slow(done, f"second {number}", 0.02))
+    first.close(lambda: done.append("first is whole"))
+    second.close(lambda: done.append("second is whole"))
+    writer.flush()
+    writer.close()
+    for name in ("first", "second"):
+        assert sorted(d for d in done[: done.index(f"{name} is whole")] if d.startswith(name)) == [
+            f"{name} {number}" for number in range(3)
+        ]
+
+
+def test_a_block_of_no_jobs_is_closed(writer: BlockWriter) -> None:
+    done: list[str] = []
+    writer.block().close(lambda: done.append("whole"))
+    writer.flush()
+    assert done == ["whole"]
+    writer.close()
+
+
+def test_a_block_with_a_failure_is_never_closed_and_the_failure_comes_out_once(writer: BlockWriter) -> None:
+    done: list[str] = []
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    block = writer.block()
+    block.put(fail)
+    with pytest.raises(StoreError, match="disk is full"):
+        writer.flush()
+    block.put(slow(done, "later", 0))
+    block.close(lambda: done.append("whole"))
+    writer.flush()
+    writer.close()
+    assert done == ["later"]
+
+
+def test_putting_waits_while_the_queue_is_full(writer: BlockWriter) -> None:
+    gate = threading.Event()
+    block = writer.block()
+    put: list[int] = []
+
+    def fill() -> None:
+        for number in range(40):
+            block.put(gate.wait)
+            put.append(number)
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    time.sleep(0.2)
+    waiting = len(put)
+    gate.set()
+    thread.join()
+    writer.flush()
+    writer.close()
+    assert waiting <= 8
+    assert len(put) == 40
