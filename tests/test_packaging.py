@@ -197,6 +197,7 @@ def test_heavy_modules_are_imported_only_where_they_belong() -> None:
 def test_plugins_import_only_public_names_and_never_each_other() -> None:
     public = {
         "attnscope": set(attnscope.__all__),
+        "attnscope.conditions": None,
         "attnscope.reading": None,
         "attnscope.report": None,
         "attnscope.statistics": None,

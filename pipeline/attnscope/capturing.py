@@ -10,7 +10,7 @@ from attnscope.families import Fold, Inputs
 from attnscope.loading import LoadedModel
 from attnscope.plan import SitePlan
 from attnscope.planning import RecordingError, check_output, check_rows, fold_of
-from attnscope.quantities import FACTORS, SITE_QUANTITIES, SUMMARIES, TENSORS, ExtractSpec
+from attnscope.quantities import FACTORS, GRADIENT_QUANTITIES, SITE_QUANTITIES, SUMMARIES, TENSORS, ExtractSpec
 from attnscope.recipes import RuleReader, proved_rows, recipe_of
 from attnscope.recording import AttentionCall
 from attnscope.recording.calls import unseen
@@ -228,7 +228,7 @@ def _by_head_tiles(
 ) -> dict[str, np.ndarray]:
     full: dict[str, list[np.ndarray]] = {}
     sums: dict[str, torch.Tensor] = {}
-    if not wanted & (SUMMARIES | {"attention", "attention_grad", "attention_mean", "attention_relevance"}):
+    if not wanted & (SUMMARIES | GRADIENT_QUANTITIES | {"attention", "attention_mean"}):
         return {}
     for heads in head_tiles(call):
         attention = call.attention(heads=heads)
@@ -247,6 +247,12 @@ def _by_head_tiles(
         if "attention_relevance" in wanted:
             # Not in place: what is stored of the two tensors may be their own memory.
             _accumulate(sums, "attention_relevance", (attention * slope).clamp_(min=0).sum(dim=1))
+        if "attention_gradient" in wanted:
+            _accumulate(sums, "attention_gradient", (attention * slope).sum(dim=1))
+        if "attention_gradcam" in wanted:
+            # The derivative by a weight that a mask holds at zero says nothing.
+            total = (slope * (attention > 0)).sum(dim=(2, 3), keepdim=True)
+            _accumulate(sums, "attention_gradcam", (attention * total).sum(dim=1))
     found = {name: parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1) for name, parts in full.items()}
     found |= {name: (total / call.shape[1]).cpu().numpy() for name, total in sums.items()}
     return found if beside is None else found | beside.arrays()

@@ -853,7 +853,11 @@ def _evaluation(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _graph_from_inputs(model: torch.nn.Module, inputs: Inputs) -> Iterator[Inputs]:
-    """Inputs whose floating tensors, and embeddings looked up from them, carry a graph; parameters stay frozen."""
+    """Inputs whose floating tensors, and embeddings looked up from them, carry a graph.
+
+    Of the parameters, those that stand for tokens carry one as well (learned queries, class tokens): what attends to
+    nothing else would have no gradient. The others stay frozen, and no gradient of any is ever computed.
+    """
 
     def with_graph(tensor: torch.Tensor) -> torch.Tensor:
         # A clone, because a model may add to its embeddings in place, which a leaf forbids.
@@ -863,11 +867,23 @@ def _graph_from_inputs(model: torch.nn.Module, inputs: Inputs) -> Iterator[Input
         return output if output.requires_grad else with_graph(output)
 
     handles = [m.register_forward_hook(embed) for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    learned = [p for m in model.modules() for p in _token_parameters(m) if not p.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(True)
     try:
         yield {k: with_graph(v) if v.is_floating_point() else v for k, v in inputs.items()}
     finally:
         for handle in handles:
             handle.remove()
+        for parameter in learned:
+            parameter.requires_grad_(False)
+
+
+def _token_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters of a module itself that may stand for tokens: of embeddings, and those of no layer's own kind."""
+    if type(module).__module__.startswith("torch.nn.") and not isinstance(module, torch.nn.Embedding):
+        return []
+    return [p for p in module.parameters(recurse=False) if p.ndim >= 2 and p.is_floating_point()]
 
 
 def _cuda_devices(loaded: LoadedModel) -> list[torch.device]:

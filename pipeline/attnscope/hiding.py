@@ -120,7 +120,7 @@ def hiding(model: torch.nn.Module, plan: RunPlan, places: Places, hidden: Hidden
     for name, module in model.named_modules():
         if name in modules:
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: mode.running.append(name)))
-            handles.append(module.register_forward_hook(lambda *_: mode.running.pop() and None))
+            handles.append(module.register_forward_hook(lambda *_: (mode.running.pop(), None)[1]))
     try:
         with mode:
             yield

@@ -36,7 +36,8 @@ class SitePlan:
     """One kind of attention between streams over layers: its streams, layers and sizes.
 
     `call_numbers` tell calls of one module apart; -1 stands for all of them, whose tokens are put together. `dtype` is
-    the model's, in which query and key are stored; `recipes` (one a layer) stand where the form is 'factored'.
+    the model's, in which query and key are stored; `recipes` (one a layer) stand where the form is 'factored'. `turns`
+    are the places of the layers in the order in which the model ran the attention of all sites.
     """
 
     queries: str
@@ -55,6 +56,7 @@ class SitePlan:
     form: str = "dense"
     dtype: str = "float32"
     recipes: tuple[Recipe, ...] = ()
+    turns: tuple[int, ...] = ()
 
     @property
     def factored_bytes(self) -> int:

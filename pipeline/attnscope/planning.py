@@ -62,6 +62,7 @@ class ProbedCall:
     has_fold: bool
     dtype: str
     recipe: Recipe | None
+    turn: int = 0
 
     @property
     def shape_class(self) -> tuple[object, ...]:
@@ -249,7 +250,8 @@ def plan_run(
 
     Blocks of a run that `grows` are as large as where there are many samples already.
     """
-    wanted = [c for c in _numbered(calls) if _is_wanted(c.placement, spec)]
+    ordered = [replace(call, turn=turn) for turn, call in enumerate(calls)]
+    wanted = [c for c in _numbered(ordered) if _is_wanted(c.placement, spec)]
     if not wanted:
         had = ", ".join(sorted({c.placement.site for c in calls}))
         raise ModelError(f"the model has none of the wanted sites and layers; its sites are {had}")
@@ -293,6 +295,7 @@ def _site_plan(group: Sequence[ProbedCall], queries: str, keys: str, spec: Extra
         guessed=any(c.placement.guessed for c in group),
         dtype=first.dtype,
         recipes=recipes if len(recipes) == len(group) else (),
+        turns=tuple(c.turn for c in group),
     )
     return replace(plan, form=_form(plan, sum(c.compressed_bytes for c in group), spec))
 

@@ -56,6 +56,10 @@ QUANTITIES = (
              "derivative of the score by the attention weights", _NAN),
     Quantity("attention_relevance", "site", ("sample", "layer", "query_token", "key_token"), "float32", "1",
              "head mean of the positive part of gradient times attention (Chefer et al., ICCV 2021, eq. 5)", _NAN),
+    Quantity("attention_gradcam", "site", ("sample", "layer", "query_token", "key_token"), "float32", "1",
+             "head mean of the attention times the sum of each head's gradient (Grad-CAM on the attention)", _NAN),
+    Quantity("attention_gradient", "site", ("sample", "layer", "query_token", "key_token"), "float32", "1",
+             "head mean of gradient times attention, of either sign", _NAN),
     Quantity("query", "site", ("sample", "layer", "head", "query_token", "channel"), "float32", "1",
              "query as the kernel received it: after rotary position and norm", _NAN),
     Quantity("key", "site", ("sample", "layer", "kv_head", "key_token", "channel"), "float32", "1",
@@ -100,7 +104,7 @@ QUANTITIES = (
 )  # fmt: skip
 
 SITE_QUANTITIES = {q.name: q for q in QUANTITIES if q.group == "site" and q.dims[0] == "sample"}
-GRADIENT_QUANTITIES = frozenset({"attention_grad", "attention_relevance"})
+GRADIENT_QUANTITIES = frozenset({"attention_grad", "attention_relevance", "attention_gradcam", "attention_gradient"})
 DERIVED_FROM = {"attention_mean": "attention", "attention_relevance": "attention_grad"}
 """Reductions, and the full array that makes each of them needless to store (with `attention` for the second)."""
 RULES = frozenset({"query_valid", "key_valid", "causal", "mask"})

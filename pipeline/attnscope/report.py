@@ -260,10 +260,11 @@ class HeatMap:
 
 @dataclass(frozen=True, eq=False)
 class ImageRow:
-    """Pictures of one thing, (height, width, 3) uint8 each, one per column of the grid."""
+    """Pictures of one thing, (height, width, 3) uint8 each, one per column of the grid; words may stand below each."""
 
     label: str
     pictures: Sequence[np.ndarray]
+    words: "Sequence[ShadedText]" = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,9 +282,10 @@ class ImageGrid:
         return _figure(table, self.caption, "scroll")
 
     def _row(self, row: ImageRow) -> str:
+        words = [text.html() if text.tokens else "" for text in row.words] or [""] * len(row.pictures)
         cells = "".join(
-            f'<td><img src="{_png(p)}" alt="{_escape(f"{row.label}: {c}")}" loading="lazy"></td>'
-            for c, p in zip(self.columns, row.pictures, strict=True)
+            f'<td><img src="{_png(p)}" alt="{_escape(f"{row.label}: {c}")}" loading="lazy">{w}</td>'
+            for c, p, w in zip(self.columns, row.pictures, words, strict=True)
         )
         label = f'<tr><th scope="row" colspan="{len(self.columns)}">{_escape(row.label)}</th></tr>' if row.label else ""
         return f"{label}<tr>{cells}</tr>"

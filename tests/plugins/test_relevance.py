@@ -14,7 +14,7 @@ from attnscope.quantities import ExtractSpec
 from attnscope.run import EXTRACTED, LEFT_OUT
 from attnscope.testing import check_analyser, make_run
 from attnscope.tokens import KIND_CODES, TokenLayout, text_layout
-from attnscope_relevance import Relevance
+from attnscope_relevance import Relevance, reading, walking
 
 SAMPLES, LAYERS, TOKENS = 3, 4, 7
 
@@ -26,11 +26,17 @@ def maps() -> np.ndarray:
     return scores / scores.sum(-1, keepdims=True)
 
 
+def fold_back(row: np.ndarray, maps, step) -> np.ndarray:  # type: ignore[no-untyped-def]
+    """A row (token,) carried through maps that come last layer first."""
+    for one in maps:
+        row = step(row, np.nan_to_num(one))
+    return row
+
+
 def all_rows(maps: np.ndarray, step) -> np.ndarray:  # type: ignore[no-untyped-def]
     """The whole matrix (sample, row, token), one read-out row at a time."""
-    size = maps.shape[-1]
-    rows = [rel.fold_back(np.tile(np.eye(size)[i], (maps.shape[1], 1)), maps[::-1], step) for i in range(size)]
-    return np.stack(rows, 1)
+    samples = range(maps.shape[1])
+    return np.stack([[fold_back(row, maps[::-1, s], step) for row in np.eye(maps.shape[-1])] for s in samples])
 
 
 def brute_relevance(maps: np.ndarray) -> np.ndarray:
@@ -55,22 +61,21 @@ def brute_rollout(maps: np.ndarray) -> np.ndarray:
 def test_two_tokens_two_layers_by_hand() -> None:
     first, second = np.array([[0.0, 1.0], [0.5, 0.5]]), np.array([[0.5, 0.5], [0.0, 1.0]])
     # I + A_1 = [[1, 1], [.5, 1.5]], I + A_2 = [[1.5, .5], [0, 2]]; row 0 of (I + A_2)(I + A_1) = [1.75, 2.25].
-    read = np.array([[1.0, 0.0]])
-    layers = [second[None], first[None]]
-    np.testing.assert_allclose(rel.fold_back(read, layers, rel.add_relevance), [[1.75, 2.25]], rtol=1e-15)
-    np.testing.assert_allclose(rel.fold_back(read, layers, rel.add_rollout), [[1.75 / 4, 2.25 / 4]], rtol=1e-15)
-    np.testing.assert_allclose(rel.fold_back(read, layers[:1], rel.attend), [[0.5, 0.5]], rtol=1e-15)
+    read = np.array([1.0, 0.0])
+    layers = [second, first]
+    np.testing.assert_allclose(fold_back(read, layers, walking.add_relevance), [1.75, 2.25], rtol=1e-15)
+    np.testing.assert_allclose(fold_back(read, layers, walking.add_rollout), [1.75 / 4, 2.25 / 4], rtol=1e-15)
 
 
 def test_rows_carried_backwards_equal_the_full_product(maps: np.ndarray) -> None:
-    relevance, rollout = all_rows(maps, rel.add_relevance), all_rows(maps, rel.add_rollout)
+    relevance, rollout = all_rows(maps, walking.add_relevance), all_rows(maps, walking.add_rollout)
     for sample in range(SAMPLES):
         np.testing.assert_allclose(relevance[sample], brute_relevance(maps[:, sample]), rtol=1e-6)
         np.testing.assert_allclose(rollout[sample], brute_rollout(maps[:, sample]), rtol=1e-6)
 
 
 def test_relevance_of_no_attention_is_the_identity(maps: np.ndarray) -> None:
-    for step in (rel.add_relevance, rel.add_rollout):
+    for step in (walking.add_relevance, walking.add_rollout):
         np.testing.assert_array_equal(
             all_rows(0 * maps, step), np.broadcast_to(np.eye(TOKENS), (SAMPLES, TOKENS, TOKENS))
         )
@@ -78,45 +83,143 @@ def test_relevance_of_no_attention_is_the_identity(maps: np.ndarray) -> None:
 
 def test_relevance_of_identity_attention_doubles_with_each_layer(maps: np.ndarray) -> None:
     identity = np.broadcast_to(np.eye(TOKENS), maps.shape)
-    np.testing.assert_allclose(all_rows(identity, rel.add_relevance)[0], 2**LAYERS * np.eye(TOKENS))
-    np.testing.assert_allclose(all_rows(identity, rel.add_rollout)[0], np.eye(TOKENS))
+    np.testing.assert_allclose(all_rows(identity, walking.add_relevance)[0], 2**LAYERS * np.eye(TOKENS))
+    np.testing.assert_allclose(all_rows(identity, walking.add_rollout)[0], np.eye(TOKENS))
 
 
 def test_relevance_of_mean_attention_is_rollout_times_two_to_the_number_of_layers(maps: np.ndarray) -> None:
     np.testing.assert_allclose(
-        all_rows(maps, rel.add_relevance), 2**LAYERS * all_rows(maps, rel.add_rollout), rtol=1e-12
+        all_rows(maps, walking.add_relevance), 2**LAYERS * all_rows(maps, walking.add_rollout), rtol=1e-12
     )
 
 
 def test_rollout_rows_sum_to_one_and_relevance_holds_the_identity(maps: np.ndarray) -> None:
-    np.testing.assert_allclose(all_rows(maps, rel.add_rollout).sum(-1), 1, rtol=1e-12)
-    assert (all_rows(maps, rel.add_relevance) >= np.eye(TOKENS)).all()
+    np.testing.assert_allclose(all_rows(maps, walking.add_rollout).sum(-1), 1, rtol=1e-12)
+    assert (all_rows(maps, walking.add_relevance) >= np.eye(TOKENS)).all()
 
 
 def test_causal_maps_keep_relevance_lower_triangular(maps: np.ndarray) -> None:
-    for step in (rel.add_relevance, rel.add_rollout):
+    for step in (walking.add_relevance, walking.add_rollout):
         above = np.triu(np.ones((TOKENS, TOKENS), bool), 1)
         assert (all_rows(np.tril(maps), step)[:, above] == 0).all()
 
 
 def test_permuting_tokens_permutes_relevance(maps: np.ndarray) -> None:
     order = np.random.default_rng(1).permutation(TOKENS)
-    for step in (rel.add_relevance, rel.add_rollout, rel.attend):
+    for step in (walking.add_relevance, walking.add_rollout):
         permuted = all_rows(maps[..., order, :][..., order], step)
         np.testing.assert_allclose(permuted, all_rows(maps, step)[:, order][..., order], rtol=1e-12)
 
 
 def test_samples_of_a_batch_do_not_touch_each_other(maps: np.ndarray) -> None:
-    together = all_rows(maps, rel.add_relevance)
+    together = all_rows(maps, walking.add_relevance)
     for sample in range(SAMPLES):
-        np.testing.assert_allclose(all_rows(maps[:, [sample]], rel.add_relevance)[0], together[sample], rtol=1e-12)
+        np.testing.assert_allclose(all_rows(maps[:, [sample]], walking.add_relevance)[0], together[sample], rtol=1e-12)
 
 
 def test_a_query_without_a_key_passes_its_relevance_on_unchanged(maps: np.ndarray) -> None:
     maps[:, :, 2] = np.nan
-    for step in (rel.add_relevance, rel.add_rollout):
+    for step in (walking.add_relevance, walking.add_rollout):
         np.testing.assert_array_equal(all_rows(maps, step)[:, 2], np.tile(np.eye(TOKENS)[2], (SAMPLES, 1)))
         assert np.isfinite(all_rows(maps, step)).all()
+
+
+def test_weights_of_residual_and_attention_have_the_other_methods_as_limits(maps: np.ndarray) -> None:
+    def weighted(residual: float, addition: float):  # type: ignore[no-untyped-def]
+        ones = np.ones(TOKENS)
+        return all_rows(maps, lambda row, one: walking.add_weighted(row, one, residual * ones, addition * ones))
+
+    np.testing.assert_allclose(weighted(1, 1), all_rows(maps, walking.add_relevance), rtol=1e-12)
+    np.testing.assert_allclose(weighted(0.5, 0.5), all_rows(maps, walking.add_rollout), rtol=1e-12)
+    np.testing.assert_array_equal(weighted(1, 0), np.broadcast_to(np.eye(TOKENS), (SAMPLES, TOKENS, TOKENS)))
+
+
+def two_streams(
+    events: str, sizes: dict[str, int], seed: int = 0
+) -> tuple[list[walking.Event], dict[walking.Event, np.ndarray]]:
+    """Events such as 'ii qq qi' (the second stream is looked at) with maps of their own."""
+    generator = np.random.default_rng(seed)
+    made = [walking.Event(name, at, name[0], name[1]) for at, name in enumerate(events.split())]
+    return made, {e: np.clip(generator.normal(size=(sizes[e.queries], sizes[e.keys])), 0, None) for e in made}
+
+
+def by_matrices(walk: walking.Walk) -> walking.Rows:
+    """The rows of stream q by whole matrices, whichever way the walk would have gone."""
+    return {name: values for (s, name), values in walk._matrices().items() if s == "q"}
+
+
+def test_rows_of_a_stream_that_looks_at_another_equal_the_whole_matrices() -> None:
+    sizes = {"q": 3, "i": 5}
+    events, maps = two_streams("ii ii qq qi qq qi", sizes)
+    walk = walking.Walk(events, maps.__getitem__, sizes)
+    whole = by_matrices(walking.Walk(events, maps.__getitem__, sizes))
+    for row in np.eye(3):
+        found = walk.rows("q", row)
+        for name in sizes:
+            np.testing.assert_allclose(found[name], row @ whole[name], rtol=1e-12)
+
+
+def test_without_transpose_and_norm_across_streams_it_would_be_one_stream() -> None:
+    # The block-matrix identity, and that equation 10 is something else.
+    sizes = {"q": 3, "i": 4}
+    events, maps = two_streams("ii qi", sizes)
+    joined = np.eye(7)
+    for e in events:
+        block = np.zeros((7, 7))
+        rows, columns = (slice(0, 3) if s == "q" else slice(3, 7) for s in (e.queries, e.keys))
+        block[rows, columns] = maps[e]
+        joined = joined + block @ joined
+    plain = maps[events[1]] @ (np.eye(4) + maps[events[0]])
+    np.testing.assert_allclose(joined[:3, 3:], plain, rtol=1e-12)
+    assert np.abs(walking.Walk(events, maps.__getitem__, sizes).rows("q", np.eye(3)[0])["i"] - plain[0]).max() > 0.01
+
+
+def test_normalised_relevance_has_rows_of_two_and_dead_rows_stay_the_identity(maps: np.ndarray) -> None:
+    walk = walking.Walk([], lambda event: np.zeros(0), {})
+    relevance = brute_relevance(maps[:, 0])
+    np.testing.assert_allclose(walk._normalised(relevance).sum(-1), 2, rtol=1e-12)
+    assert walk.dead == 0
+    relevance[2] = np.eye(TOKENS)[2]
+    np.testing.assert_array_equal(walk._normalised(relevance)[2], np.eye(TOKENS)[2])
+    assert walk.dead == 1
+
+
+def test_one_dead_row_costs_no_other_row_anything() -> None:
+    sizes = {"q": 3, "i": 4}
+    events, maps = two_streams("ii qq qi", sizes)
+    maps[events[0]][0] = 0
+    walk = walking.Walk(events, maps.__getitem__, sizes)
+    whole = by_matrices(walking.Walk(events, maps.__getitem__, sizes))
+    found = walk.rows("q", np.eye(3)[0])["i"]
+    assert np.isfinite(found).all()
+    assert found.any()
+    np.testing.assert_allclose(found, whole["i"][0], rtol=1e-12)
+    assert walk.dead == 1
+
+
+def test_without_a_gradient_relevance_is_the_identity() -> None:
+    sizes = {"q": 3, "i": 4}
+    events, maps = two_streams("ii qq qi iq", sizes)
+    walk = walking.Walk(events, lambda event: 0 * maps[event], sizes)
+    found = walk.rows("q", np.eye(3)[1])
+    np.testing.assert_array_equal(found["q"], [0, 1, 0])
+    assert "i" not in found or not found["i"].any()
+
+
+def test_streams_that_look_at_each_other_step_together() -> None:
+    names = ["tt", "ii", "ti", "it", "tt", "ii"]
+    events = [walking.Event(name, at, name[0], name[1]) for at, name in enumerate(names)]
+    assert [len(group) for group in walking._together(events)] == [1, 1, 2, 1, 1]
+
+
+def test_the_row_that_answers_is_where_the_last_layer_has_a_gradient() -> None:
+    last = np.zeros((6, 6))
+    assert reading.answering_row(last) is None
+    last[4, 2] = 0.1
+    np.testing.assert_array_equal(reading.answering_row(last), np.eye(6)[4])
+    last[1, 1] = 3
+    np.testing.assert_array_equal(reading.answering_row(last), [0, 0.5, 0, 0, 0.5, 0])
+    assert reading.answering_row(np.ones((6, 6))) is None
 
 
 def test_read_out_rows() -> None:
@@ -128,12 +231,12 @@ def test_read_out_rows() -> None:
         -1: [[0, 0, 1, 0], [0, 0, 0, 1]],
     }
     for row, weights in expected.items():
-        np.testing.assert_allclose(rel.readout_rows(kind, KIND_CODES, row), weights)  # type: ignore[arg-type]
-    np.testing.assert_allclose(rel.readout_rows(kind[:1], KIND_CODES, "cls"), [[1, 0, 0, 0]])
+        np.testing.assert_allclose(reading.readout_rows(kind, KIND_CODES, row), weights)  # type: ignore[arg-type]
+    np.testing.assert_allclose(reading.readout_rows(kind[:1], KIND_CODES, "cls"), [[1, 0, 0, 0]])
     with pytest.raises(ValueError, match="asks for a CLS token"):
-        rel.readout_rows(kind, KIND_CODES, "cls")
+        reading.readout_rows(kind, KIND_CODES, "cls")
     with pytest.raises(ValueError, match="row 3 lies outside"):
-        rel.readout_rows(kind, KIND_CODES, 3)
+        reading.readout_rows(kind, KIND_CODES, 3)
 
 
 def test_share_of_the_strongest_tokens() -> None:
@@ -200,7 +303,7 @@ def ragged() -> dict[str, np.ndarray]:
 
 def test_analyser_equals_full_matrices_on_texts_of_several_lengths(ragged: dict[str, np.ndarray]) -> None:
     run = make_text_run(**ragged, layers=(3, 4, 5, 6))
-    result = analyse(run, Relevance(), save=False).sel(site="text.self")
+    result = analyse(run, Relevance(), save=False).sel(stream="text")
     for sample, length in enumerate((7, 4)):
         relevance, attention = (
             np.nan_to_num(ragged[name][sample, :, :length, :length]) for name in ("relevance", "attention")
@@ -215,7 +318,7 @@ def test_analyser_equals_full_matrices_on_texts_of_several_lengths(ragged: dict[
             assert result[name][sample, length:].isnull().all()
     assert result["relevance"][2].isnull().all()
     np.testing.assert_array_equal(result["dead_rows"], [0, 1, 0])
-    assert result.attrs["readout"] == "text.self: CLS token"
+    assert result.attrs["readout"] == "text: CLS token"
 
 
 def test_texts_are_shown_as_shaded_words_without_their_special_tokens(ragged: dict[str, np.ndarray]) -> None:
@@ -229,7 +332,7 @@ def test_texts_are_shown_as_shaded_words_without_their_special_tokens(ragged: di
 @pytest.mark.parametrize("start_layer", [5, -2])
 def test_start_layer_leaves_out_the_layers_before_it(ragged: dict[str, np.ndarray], start_layer: int) -> None:
     run = make_text_run(**ragged, layers=(3, 4, 5, 6))
-    result = analyse(run, Relevance(start_layer=start_layer), save=False).sel(site="text.self")
+    result = analyse(run, Relevance(start_layer=start_layer), save=False).sel(stream="text")
     np.testing.assert_allclose(result["relevance"][0], brute_relevance(ragged["relevance"][0, 2:])[0], rtol=1e-6)
     np.testing.assert_allclose(result["rollout"][0], brute_rollout(ragged["attention"][0, 2:])[0], rtol=1e-6)
     np.testing.assert_allclose(result["attention"][0], ragged["attention"][0, -1, 0], rtol=1e-6)
@@ -239,14 +342,14 @@ def test_start_layer_leaves_out_the_layers_before_it(ragged: dict[str, np.ndarra
 
 def test_mean_read_out_is_the_mean_of_the_rows_of_real_tokens(ragged: dict[str, np.ndarray]) -> None:
     run = make_text_run(**ragged, layers=(0, 1, 2, 3))
-    result = analyse(run, Relevance(row="mean"), save=False).sel(site="text.self")
+    result = analyse(run, Relevance(row="mean"), save=False).sel(stream="text")
     relevance = np.nan_to_num(ragged["relevance"][1, :, :4, :4])
     np.testing.assert_allclose(result["relevance"][1, :4], brute_relevance(relevance).mean(0), rtol=1e-6)
 
 
 def test_analyser_keeps_the_contract() -> None:
     result = check_analyser(Relevance())
-    assert result["relevance"].dims == ("site", "sample", "token")
+    assert result["relevance"].dims == ("stream", "sample", "token")
     assert {"kind", "row", "column", "token_text"} <= set(result.coords)
     assert result["thumbnail"].sizes["shown"] == 3
 
@@ -271,11 +374,11 @@ def test_only_what_the_methods_need_is_required() -> None:
 
 def test_wrong_options_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="relevance"):
-        make_analyser("relevance", {"methods": ["gradcam"]})
-    with pytest.raises(ValueError, match="no method 'gradcam'; its methods are relevance, rollout, attention"):
-        Relevance(methods=("gradcam",))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"which 'text\.vision' is not here; the run's are vision\.self"):
-        Relevance(sites=("text.vision",)).analyse(make_run())
+        make_analyser("relevance", {"methods": ["magic"]})
+    with pytest.raises(ValueError, match="no method 'magic'; its methods are relevance, rollout, attention"):
+        Relevance(methods=("magic",))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no attention of stream 'text' is here; the run's streams are vision"):
+        Relevance(streams=("text",)).analyse(make_run())
 
 
 def test_maps_that_were_never_written_are_an_error() -> None:
@@ -304,8 +407,8 @@ def test_streams_of_different_length_stand_side_by_side() -> None:
         run.write_layer(name, "attention_mean", range(2), 0, np.full((2, size, size), 1 / size))
     run.commit(range(2), np.full(2, EXTRACTED))
     result = Relevance(methods=("rollout",)).analyse(run)
-    assert result["rollout"].sizes == {"site": 2, "sample": 2, "token": 5}
-    assert result["rollout"].sel(site="text.self", token=[3, 4]).isnull().all()
-    assert result["kind"].sel(site="text.self", token=[3, 4]).max() == KIND_CODES["padding"]
-    np.testing.assert_allclose(result["rollout"].sel(site="text.self", token=slice(0, 2)), 1 / 3, rtol=1e-6)
-    assert result.attrs["readout"].startswith("vision.self: mean over real tokens")
+    assert result["rollout"].sizes == {"stream": 2, "sample": 2, "token": 5}
+    assert result["rollout"].sel(stream="text", token=[3, 4]).isnull().all()
+    assert result["kind"].sel(stream="text", token=[3, 4]).max() == KIND_CODES["padding"]
+    np.testing.assert_allclose(result["rollout"].sel(stream="text", token=slice(0, 2)), 1 / 3, rtol=1e-6)
+    assert result.attrs["readout"].startswith("vision: mean over real tokens")

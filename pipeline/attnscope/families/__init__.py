@@ -15,7 +15,7 @@ import numpy as np
 
 from attnscope.families.encoding import encode_samples, measure_text
 from attnscope.families.guesses import guess_placement
-from attnscope.families.scores import SCORES, default_target
+from attnscope.families.scores import SCORES, at_place, default_target
 from attnscope.plugins import load_plugins
 from attnscope.samples import Sample
 from attnscope.tokens import TokenLayout
@@ -125,8 +125,11 @@ class ModelFamily:
         chosen = self.target(outputs) if target is None else target
         if isinstance(chosen, int) or chosen.lstrip("-").isdigit():
             return known["class"](outputs, inputs, loaded)[:, int(chosen)]
+        if re.fullmatch(r"(token|word):-?\d+", chosen):
+            return at_place(outputs, inputs, loaded, chosen)
         if chosen not in known:
-            raise ValueError(f"unknown target {chosen!r}; known are a class number, {', '.join(sorted(known))}")
+            listed = ", ".join(sorted(known))
+            raise ValueError(f"unknown target {chosen!r}; known are a class number, token:K, word:K, {listed}")
         return known[chosen](outputs, inputs, loaded)
 
 

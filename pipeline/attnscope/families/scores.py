@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from attnscope.families.labels import LABELS, UNASKED
-from attnscope.families.losses import word_logits
+from attnscope.families.losses import word_logits, writes_forward
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +91,32 @@ def masked_words(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "Loade
     chosen = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     asked = labels != UNASKED
     return (chosen * asked).sum(dim=1) / asked.sum(dim=1)
+
+
+def at_place(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedModel", target: str) -> "Tensor":
+    """The logit that a target of a place asks for: 'token:K' or 'word:K', K counted from the end when negative.
+
+    'token:K' is the largest logit at the K-th position (a detector's query, or what a language model says there);
+    'word:K' the logit of the word that stands there, which a model that writes from left to right tells one before it.
+    """
+    kind, _, number = target.partition(":")
+    place = int(number)
+    if kind == "token":
+        logits = _first(outputs, "prediction_logits", "logits")
+        if logits is None or logits.ndim != 3:
+            raise ValueError(f"{loaded.name!r} gives no logits of tokens, which the target {target!r} asks for")
+        return logits[:, place].amax(dim=-1)
+    import torch
+
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    real = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else (mask > 0).long()
+    wanted = real.sum(dim=1) + place if place < 0 else torch.full((len(ids),), place, device=ids.device)
+    # The position of the wanted one among the real tokens.
+    at = ((real.cumsum(dim=1) - 1 == wanted[:, None]) & (real > 0)).long().argmax(dim=1)
+    rows = torch.arange(len(ids), device=ids.device)
+    logits = word_logits(outputs, ids.shape[1], loaded)
+    before = at - 1 if writes_forward(loaded) else at
+    return logits[rows, before.clamp(min=0), ids[rows, at]]
 
 
 def answer_logits(

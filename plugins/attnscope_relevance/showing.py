@@ -1,0 +1,75 @@
+"""The report of relevance: maps over images and shaded words side by side, and a table for each stream."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import xarray as xr
+
+from attnscope.report import Element, Heading, ImageGrid, ImageRow, ShadedText, overlay
+from attnscope_relevance.reading import kind_codes
+
+# Tokens whose relevance is kept in the result but shown on no map and counted in no statistic.
+BESIDE_CONTENT = ("padding", "cls", "register", "special")
+
+
+def sample_elements(result: xr.Dataset) -> Iterator[Element]:
+    """The shown samples: for each method its map over the image, and the words shaded below it."""
+    methods = [str(m) for m in result["ranking"].values]
+    rows = []
+    for shown, position in enumerate(result["shown"].values):
+        sample = result.isel(sample=position)
+        name = str(sample["sample"].item())
+        on_grid = [s for s in sample["stream"].values if _on_grid(sample.sel(stream=s)).any()]
+        worded = [s for s in sample["stream"].values if _worded(sample.sel(stream=s)).any()]
+        words = [_words(sample.sel(stream=worded[0]), m) for m in methods] if worded else []
+        if on_grid and "thumbnail" in result:
+            picture = sample["thumbnail"].values[shown]
+            part = sample.sel(stream=on_grid[0])
+            maps = [overlay(picture, _grid(part, part[m].values)) for m in methods]
+            blank = [ShadedText([], [])] if words else []
+            rows.append(ImageRow(name, [picture, *maps], [*blank, *words]))
+        elif words:
+            yield Heading(name, 4)
+            yield from (ShadedText(w.tokens, w.weights, m) for w, m in zip(words, methods, strict=True))
+    if rows:
+        caption = "Each square is one patch; within a picture, colours run from its least to its most relevant patch."
+        yield ImageGrid(["picture", *methods], rows, caption)
+
+
+def _words(part: xr.Dataset, method: str) -> ShadedText:
+    chosen = _worded(part)
+    return ShadedText([str(t) for t in part["token_text"].values[chosen]], part[method].values[chosen])
+
+
+def summary(result: xr.Dataset) -> tuple[list[str], list[tuple[object, ...]], str]:
+    def line(what: str, name: str, at: xr.Dataset) -> tuple[object, ...]:
+        return (what, *(float(at[f"{name}_{part}"]) for part in ("mean", "low", "high")))
+
+    methods, pairs = result["ranking"].values, result["pair"].values
+    rows = [line(f"share in the top tenth, {m}", "concentration", result.sel(ranking=m)) for m in methods]
+    rows += [line(f"rank correlation, {p}", "agreement", result.sel(pair=p)) for p in pairs]
+    used = int(np.isfinite(result["concentration"].values).all(0).sum())
+    caption = f"Over the content tokens of {used} samples: mean and 95 % bootstrap interval over samples."
+    return ["", "mean", "low", "high"], rows, caption
+
+
+def _grid(part: xr.Dataset, values: np.ndarray) -> np.ndarray:
+    """The map (row, column) of the tokens that lie on the patch grid."""
+    row, column = part["row"].values.astype(int), part["column"].values.astype(int)
+    placed = _on_grid(part)
+    grid = np.full((row.max() + 1, column.max() + 1), np.nan)
+    grid[row[placed], column[placed]] = values[placed]
+    return grid
+
+
+def _on_grid(part: xr.Dataset) -> np.ndarray:
+    return (part["row"].values >= 0) & _is_content(part)
+
+
+def _worded(part: xr.Dataset) -> np.ndarray:
+    return (part["token_text"].values != "") & _is_content(part)
+
+
+def _is_content(part: xr.Dataset) -> np.ndarray:
+    codes = kind_codes(part["kind"])
+    return ~np.isin(part["kind"].values, [codes[k] for k in BESIDE_CONTENT])

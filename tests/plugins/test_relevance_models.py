@@ -1,0 +1,326 @@
+"""Relevance of tiny models of every wiring against equations 5 to 11 written out with loops over an eager backward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+import attnscope
+from attnscope.compatibility import joint_models
+from attnscope.compatibility.examples import TEXT, VISION, image, numbers, text, widened
+from attnscope.quantities import ExtractSpec
+from attnscope_relevance import Relevance
+
+Maps = list[tuple[str, np.ndarray, np.ndarray]]
+ALL = ("relevance", "rollout", "attention", "gradcam", "gradient")
+
+
+class Spy(TorchFunctionMode):
+    """Keeps every softmax of a forward in the graph, with the name of the module that ran it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[str] = []
+        self.seen: list[tuple[str, torch.Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.softmax, torch.Tensor.softmax, functional.softmax):
+            result.retain_grad()
+            self.seen.append((self.running[-1], result))
+        return result
+
+
+def spied(model: torch.nn.Module, inputs: dict[str, torch.Tensor], score: Callable[[Any], torch.Tensor]) -> Maps:
+    """(module, attention, gradient) of every call in order, (sample, head, query, key) float64 each."""
+    spy, handles = Spy(), []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: spy.running.append(name)))
+        handles.append(module.register_forward_hook(lambda *_: (spy.running.pop(), None)[1]))
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    with spy:
+        outputs = model(**inputs)
+    for handle in handles:
+        handle.remove()
+    score(outputs).sum().backward()
+    found = []
+    for name, attention in spy.seen:
+        gradient = torch.zeros_like(attention) if attention.grad is None else attention.grad
+        found.append((name, attention.detach().double().numpy(), gradient.double().numpy()))
+    return found
+
+
+def equation_5(attention: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """One sample (head, query, key): the positive part before the mean over heads, with loops."""
+    heads, queries, keys = attention.shape
+    total = np.zeros((queries, keys))
+    for h in range(heads):
+        for i in range(queries):
+            for j in range(keys):
+                total[i, j] += max(0.0, attention[h, i, j] * gradient[h, i, j])
+    return total / heads
+
+
+def normal(relevance: np.ndarray) -> np.ndarray:
+    """Equations 8 and 9; a row that gained nothing stays the identity's."""
+    result = np.eye(len(relevance))
+    gained = relevance - np.eye(len(relevance))
+    for i, row in enumerate(gained):
+        if row.sum() > 0:
+            result[i] = result[i] + row / row.sum()
+    return result
+
+
+def chain(maps: list[np.ndarray]) -> np.ndarray:
+    """Equation 6 over layers."""
+    total = np.eye(len(maps[0]))
+    for one in maps:
+        total = total + one @ total
+    return total
+
+
+def rolled(maps: list[np.ndarray]) -> np.ndarray:
+    """Rollout over layers."""
+    total = np.eye(len(maps[0]))
+    for one in maps:
+        mixed = one + np.eye(len(one))
+        total = mixed / mixed.sum(-1, keepdims=True) @ total
+    return total
+
+
+def extracted(model: torch.nn.Module, inputs: dict[str, torch.Tensor], target: str | int | None, **options: Any) -> Any:
+    analyser = Relevance(target=target, methods=ALL, **options)
+    run = attnscope.extract(model, [inputs], [analyser], spec=ExtractSpec(frozenset({"score"})))
+    return attnscope.analyse(run, analyser, save=False)
+
+
+def assert_close(found: Any, stream: str, sample: int, expected: dict[str, np.ndarray]) -> None:
+    for name, row in expected.items():
+        mine = found[name].sel(stream=stream).isel(sample=sample).values[: len(row)]
+        np.testing.assert_allclose(mine, row, rtol=1e-5, atol=1e-5 * np.abs(row).max(), err_msg=f"{stream} {name}")
+
+
+def last_of(attention: np.ndarray, gradient: np.ndarray) -> dict[str, np.ndarray]:
+    """What the methods of the last layer make of one sample's map (head, query, key); what is masked has no part."""
+    weight = (gradient * (attention > 0)).mean(axis=(1, 2), keepdims=True)
+    return {
+        "attention": attention.mean(0),
+        "gradcam": np.clip((attention * weight).mean(0), 0, None),
+        "gradient": np.clip((attention * gradient).mean(0), 0, None),
+    }
+
+
+def single_stream(maps: Maps, sample: int, row: int, keep: slice | np.ndarray) -> dict[str, np.ndarray]:
+    """All methods for one row of a model of one stream."""
+    ones = [(a[sample][:, keep][..., keep], g[sample][:, keep][..., keep]) for _, a, g in maps]
+    found = {
+        "relevance": chain([equation_5(a, g) for a, g in ones])[row],
+        "rollout": rolled([a.mean(0) for a, _ in ones])[row],
+    }
+    return found | {name: values[row] for name, values in last_of(*ones[-1]).items()}
+
+
+def test_vit() -> None:
+    model = widened(hf.ViTForImageClassification._from_config(hf.ViTConfig(**VISION), attn_implementation="eager"))
+    inputs = image()
+    found = extracted(model, inputs, 1)
+    maps = spied(model, inputs, lambda outputs: outputs.logits[:, 1])
+    for sample in range(2):
+        assert_close(found, "vision", sample, single_stream(maps, sample, 0, slice(None)))
+    assert found.attrs["readout"] == "vision: the cls token that the target depends on"
+    # Only CLS has a gradient in the last layer.
+    assert (maps[-1][2][:, :, 1:] == 0).all()
+
+
+def test_clip_reads_the_end_token_of_texts_of_several_lengths() -> None:
+    model = joint_models.EXAMPLES["clip"].build("eager")
+    inputs = joint_models.EXAMPLES["clip"].inputs()
+    model.config.text_config.eos_token_id = 2
+    model.text_model.eos_token_id = 2
+    found = extracted(model, inputs, "similarity")
+    maps = spied(model, inputs, lambda outputs: outputs.logits_per_image.diagonal())
+    texts = [m for m in maps if "text" in m[0]]
+    images = [m for m in maps if "vision" in m[0]]
+    ends = inputs["input_ids"].argmax(1).tolist()
+    for sample, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        assert_close(found, "vision", sample, single_stream(images, sample, 0, slice(None)))
+        row = next(i for i in range(9) if texts[-1][2][sample][:, i].any())
+        assert row in (ends[sample], 0)
+        if row < length:
+            assert_close(found, "text", sample, single_stream(texts, sample, row, slice(length)))
+
+
+@pytest.mark.parametrize("name", ["vilt", "visual_bert"])
+def test_models_of_one_stream_of_text_and_image(name: str) -> None:
+    inputs = joint_models.EXAMPLES[name].inputs()
+    if name == "vilt":
+        config = hf.ViltConfig(**(TEXT | VISION), num_labels=3)
+        model = widened(hf.ViltForQuestionAnswering._from_config(config, attn_implementation="eager"))
+        # One patch each, so that the order that ViLT draws is no matter.
+        inputs |= {"pixel_values": inputs["pixel_values"][..., :4, :4]}
+    else:
+        config = hf.VisualBertConfig(**TEXT, visual_embedding_dim=10, num_labels=3)
+        model = widened(hf.VisualBertForVisualReasoning._from_config(config, attn_implementation="eager"))
+    found = extracted(model, inputs, 2)
+    maps = spied(model, inputs, lambda outputs: outputs.logits[:, 2])
+    for sample, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        tokens = np.arange(maps[0][1].shape[-1])
+        real = (tokens < length) | (tokens >= 9)
+        mine = single_stream(maps, sample, 0, real)
+        kept = found.isel(sample=[sample], token=np.flatnonzero(real))
+        assert_close(kept, "joint", 0, mine)
+        assert found["relevance"].sel(stream="joint").isel(sample=sample).values[~real].size == (~real).sum()
+        assert np.isnan(found["relevance"].sel(stream="joint").isel(sample=sample).values[~real]).all()
+
+
+def two_streams(maps: Maps, sample: int, length: int) -> dict[str, np.ndarray]:
+    """The authors' walk over LXMERT with four matrices: text t, image i."""
+
+    def cam(name: str, number: int = 0) -> np.ndarray:
+        a, g = [(a, g) for n, a, g in maps if n == name][number]
+        return equation_5(clipped(a, name, number)[sample], clipped(g, name, number)[sample])
+
+    def clipped(values: np.ndarray, name: str, number: int) -> np.ndarray:
+        rows = length if values.shape[2] == 9 else None
+        columns = length if values.shape[3] == 9 else None
+        return values[:, :, :rows, :columns]
+
+    names = list(dict.fromkeys(n for n, _, _ in maps))
+    tt, ii, ti, it = np.eye(length), np.eye(6), np.zeros((length, 6)), np.zeros((6, length))
+    for name in names:
+        if ".layer." in name:
+            tt = tt + cam(name) @ tt
+        if "r_layers" in name:
+            ii = ii + cam(name) @ ii
+    blocks = sorted({n.split("x_layers.")[1].split(".")[0] for n in names if "x_layers" in n})
+    for block in blocks:
+        cross, lang, visn = (
+            next(n for n in names if f"x_layers.{block}.{part}" in n)
+            for part in ("visual_attention", "lang_self_att", "visn_self_att")
+        )
+        text_over, image_over = cam(cross, 0), cam(cross, 1)
+        t_bar, i_bar = normal(tt), normal(ii)
+        add_ti = t_bar.T @ text_over @ i_bar
+        add_tt = text_over @ it
+        add_it = i_bar.T @ image_over @ t_bar
+        add_ii = image_over @ ti
+        tt, ti, it, ii = tt + add_tt, ti + add_ti, it + add_it, ii + add_ii
+        one = cam(lang)
+        tt, ti = tt + one @ tt, ti + one @ ti
+        one = cam(visn)
+        ii, it = ii + one @ ii, it + one @ it
+    return {"text": tt[0], "vision": ti[0]}
+
+
+def test_lxmert_whose_streams_look_at_each_other() -> None:
+    config = joint_models.EXAMPLES["lxmert"].config()
+    config.num_qa_labels = 4
+    model = widened(hf.LxmertForQuestionAnswering._from_config(config, attn_implementation="eager"))
+    inputs = joint_models.EXAMPLES["lxmert"].inputs()
+    found = extracted(model, inputs, 3)
+    maps = spied(model, inputs, lambda outputs: outputs.question_answering_score[:, 3])
+    assert found.attrs["readout"].startswith("text: the")
+    for sample, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        for stream, row in two_streams(maps, sample, length).items():
+            assert_close(found, stream, sample, {"relevance": row})
+        cross = [a for n, a, _ in maps if "visual_attention" in n][-2][sample].mean(0)[:length]
+        own = {
+            "t": [a[sample].mean(0)[:length, :length] for n, a, _ in maps if ".layer." in n or "lang_self" in n],
+            "i": [a[sample].mean(0) for n, a, _ in maps if "r_layers" in n or "visn_self" in n],
+        }
+        assert_close(found, "vision", sample, {
+            "attention": cross[0],
+            "rollout": (rolled(own["t"]).T @ cross @ rolled(own["i"]))[0],
+        })  # fmt: skip
+        assert_close(found, "text", sample, {"rollout": rolled(own["t"])[0], "attention": own["t"][-1][0]})
+
+
+def encoder_decoder(
+    encoder: list[np.ndarray], decoder: list[tuple[np.ndarray, np.ndarray]], row: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The authors' walk over an encoder and a decoder that looks at it: rows of R_qq and R_qi."""
+    ii = chain(encoder)
+    qq, qi = np.eye(len(decoder[0][0])), np.zeros((len(decoder[0][0]), len(ii)))
+    for own, across in decoder:
+        qq, qi = qq + own @ qq, qi + own @ qi
+        qi = qi + normal(qq).T @ across @ normal(ii)
+    return qq[row], qi[row]
+
+
+def test_detr_whose_queries_look_at_the_image() -> None:
+    backbone = hf.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage4"]
+    )
+    config = hf.DetrConfig(
+        backbone_config=backbone, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=20, decoder_ffn_dim=20, num_queries=5, num_labels=3,
+        use_timm_backbone=False, use_pretrained_backbone=False,
+    )  # fmt: skip
+    model = widened(hf.DetrForObjectDetection._from_config(config, attn_implementation="eager"))
+    inputs = {"pixel_values": numbers(2, 3, 96, 64), "pixel_mask": torch.ones(2, 96, 64, dtype=torch.long)}
+    found = extracted(model, inputs, "token:2")
+    maps = spied(model, inputs, lambda outputs: outputs.logits[:, 2].amax(-1))
+    for sample in range(2):
+        cams = {name: equation_5(a[sample], g[sample]) for name, a, g in maps}
+        encoder = [cams[n] for n in cams if "encoder.layers" in n and "decoder" not in n]
+        decoder = [
+            (cams[n], next(cams[m] for m in cams if f"decoder.layers.{layer}.encoder_attn" in m))
+            for layer in range(2)
+            for n in cams
+            if f"decoder.layers.{layer}.self_attn" in n
+        ]
+        queries, places = encoder_decoder(encoder, decoder, row=2)
+        assert_close(found, "queries", sample, {"relevance": queries})
+        assert_close(found, "vision", sample, {"relevance": places})
+
+
+def test_blip_whose_text_encoder_looks_at_the_image() -> None:
+    config = joint_models._two_towers(hf.BlipConfig, text={"encoder_hidden_size": 32})
+    model = widened(hf.BlipForImageTextRetrieval._from_config(config, attn_implementation="eager"))
+    inputs = {n: t[:1] for n, t in (text() | image()).items()}
+    found = extracted(model, inputs, "matching")
+    maps = spied(model, inputs, lambda outputs: outputs.itm_score[:, 1] - outputs.itm_score[:, 0])
+    cams = {name: equation_5(a[0], g[0]) for name, a, g in maps}
+    encoder = [cams[n] for n in cams if "vision_model" in n]
+    selves = [cams[n] for n in cams if "text_encoder" in n and "crossattention" not in n]
+    across = [cams[n] for n in cams if "crossattention" in n]
+    words, patches = encoder_decoder(encoder, list(zip(selves, across, strict=True)), row=0)
+    assert_close(found, "text", 0, {"relevance": words})
+    assert_close(found, "vision", 0, {"relevance": patches})
+
+
+def test_causal_decoder_reads_the_last_token() -> None:
+    config = hf.GPT2Config(
+        vocab_size=99, n_embd=32, n_layer=3, n_head=4, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    model = widened(hf.GPT2LMHeadModel._from_config(config, attn_implementation="eager"))
+    inputs = text()
+    for target, row in (("last_token", -1), ("word:3", 2)):
+        found = extracted(model, inputs, target)
+        lengths = inputs["attention_mask"].sum(1).tolist()
+
+        def score(outputs: Any, target: str = target, lengths: list[int] = lengths) -> torch.Tensor:
+            if target == "word:3":
+                return outputs.logits[torch.arange(2), 2, inputs["input_ids"][:, 3]]
+            return torch.stack([outputs.logits[i, n - 1].amax() for i, n in enumerate(lengths)])
+
+        maps = spied(model, inputs, score)
+        for sample, length in enumerate(lengths):
+            at = length - 1 if row == -1 else row
+            assert_close(found, "text", sample, single_stream(maps, sample, at, slice(length)))
+            # What comes later has no part in it.
+            assert (found["relevance"].sel(stream="text").isel(sample=sample).values[at + 1 : length] == 0).all()
+
+
+def test_start_layer_begins_later() -> None:
+    model = widened(hf.ViTForImageClassification._from_config(hf.ViTConfig(**VISION), attn_implementation="eager"))
+    inputs = image()
+    found = extracted(model, inputs, 1, start_layer=-1)
+    maps = spied(model, inputs, lambda outputs: outputs.logits[:, 1])
+    assert_close(found, "vision", 0, single_stream(maps[-1:], 0, 0, slice(None)))
