@@ -44,9 +44,14 @@ CORE = (
 )
 ANALYSIS = ("statistics", "reading", "report", "plugins", "analysis", "rendering")
 EMBEDDED = ("embedded", "reference")
+REFERENCE = tuple(
+    f"reference.{name}"
+    for name in ("corpus", "learners", "lessons", "examining", "training", "weights", "models", "making")
+)
 MODEL_LINE = (
     "recording",
     "families",
+    *REFERENCE,
     "loading",
     "ablation",
     "recipes",

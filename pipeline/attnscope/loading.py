@@ -1,4 +1,4 @@
-"""Models by name: a hub name, a folder, or weights that an installed package carries."""
+"""Models by name: a hub name, a folder, or weights that an installed package or attnscope itself carries."""
 
 import hashlib
 import inspect
@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedConfig
 
 from attnscope.families import ModelFamily, find_family
+from attnscope.reference import carrying, models
 
 EMBEDDED_PREFIX = "embedded:"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -142,8 +143,10 @@ def load_model(
         return LoadedModel(model, name, _family_of(model), source=source)
     name = str(model)
     _check_device(device)
-    source = _resolve(name)
+    source, architecture = _resolve(name)
     config = _config(name, source, revision, trust_remote_code)
+    if architecture is not None:
+        config.architectures = [architecture]
     loaded = _weights(name, source, config, dtype, attn_implementation, revision, trust_remote_code)
     loaded = _on_device(loaded, device).eval()
     for parameter in loaded.parameters():
@@ -170,8 +173,14 @@ def _family_of(model: torch.nn.Module) -> ModelFamily:
     return find_family(str(getattr(getattr(model, "config", None), "model_type", "")))
 
 
-def _resolve(name: str) -> str:
-    """The folder or hub name behind a model name."""
+def _resolve(name: str) -> tuple[str, str | None]:
+    """The folder or hub name behind a model name, and its class where the name chooses one."""
+    if name.startswith(carrying.PREFIX):
+        try:
+            folder, architecture = carrying.locate(name)
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+        return str(folder), architecture
     if name.startswith(EMBEDDED_PREFIX):
         from attnscope.embedded import EMBEDDED_MODELS, embedded_model
 
@@ -180,18 +189,18 @@ def _resolve(name: str) -> str:
             known = ", ".join(EMBEDDED_PREFIX + n for n in EMBEDDED_MODELS)
             raise ModelError(f"unknown model {name!r}; the embedded ones are {known}")
         try:
-            return str(embedded_model(short))
+            return str(embedded_model(short)), None
         except ModuleNotFoundError as error:
             raise ModelError(str(error)) from None
     path = Path(name)
     if path.is_dir():
         _check_folder(path)
-        return str(path)
+        return str(path), None
     if path.exists():
         raise ModelError(f"model {name!r} is a file; name the folder that holds its config.json and safetensors")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"model folder {name!r} does not exist")
-    return name
+    return name, None
 
 
 def _check_folder(path: Path) -> None:
@@ -229,21 +238,28 @@ def _weights(
     trust: bool,
 ) -> torch.nn.Module:
     architectures = getattr(config, "architectures", None) or [""]
-    cls = getattr(transformers, architectures[0], transformers.AutoModel)
+    cls = _class(architectures[0], ours=name.startswith(carrying.PREFIX))
     options: dict[str, object] = {"use_safetensors": True, "revision": revision, "dtype": dtype or "auto"}
     if cls is transformers.AutoModel:
         options["trust_remote_code"] = trust
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
-        with _without_progress_bars():
-            return cls.from_pretrained(source, **options)
+        # Each of ViLT's heads loads from one file with all of them, which needs no telling.
+        with _without_progress_bars(), _without_notes(name.startswith(carrying.PREFIX)):
+            return cls.from_pretrained(source, **options)  # type: ignore[attr-defined]
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(f"model {name!r} can't be loaded: {_first(error)}") from None
     except Exception as error:  # safetensors raises an exception class of its own, straight from Exception
         if type(error).__name__ == "SafetensorError":
             raise ModelError(f"model {name!r} has a damaged safetensors file: {_first(error)}") from None
         raise
+
+
+def _class(architecture: str, *, ours: bool) -> type:
+    if ours and hasattr(models, architecture):
+        return getattr(models, architecture)
+    return getattr(transformers, architecture, transformers.AutoModel)
 
 
 @contextmanager
@@ -255,6 +271,18 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers.utils.logging.enable_progress_bar()
+
+
+@contextmanager
+def _without_notes(wanted: bool) -> Iterator[None]:
+    """Keep transformers from telling about weights that a model has no use for."""
+    level = transformers.utils.logging.get_verbosity()
+    if wanted:
+        transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
 
 
 def _first(error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from attnscope import __version__
-from attnscope.cli import errors, query, runs, sql, studies
+from attnscope.cli import errors, query, reference, runs, sql, studies
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,5 +82,5 @@ def main() -> None:
     """
 
 
-for command in (*studies.COMMANDS, query.query, sql.sql, *runs.COMMANDS):
+for command in (*studies.COMMANDS, query.query, sql.sql, *runs.COMMANDS, *reference.COMMANDS):
     main.add_command(command)

@@ -94,11 +94,15 @@ def _parsed(assignment: str) -> "tuple[str, str, JsonValue]":
     if not equals or not left.strip():
         raise click.UsageError(f"--option {assignment!r} is not NAME=VALUE")
     name, _, option = left.strip().rpartition(".")
+    return name.replace("-", "_"), option.replace("-", "_"), parsed_value(text)
+
+
+def parsed_value(text: str) -> "JsonValue":
+    """What a value means: JSON where it parses, and text where it doesn't."""
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError:
-        value = text
-    return name.replace("-", "_"), option.replace("-", "_"), value
+        return text
 
 
 def _owner(name: str, option: str, known: dict[str, list[str]]) -> str:

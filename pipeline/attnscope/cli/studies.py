@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DEMO_MODEL, DEMO_SAMPLES = "embedded:dinov2-small", "embedded:photographs"
 DEMO_QUERY = "vision.self --sample {sample} --layer 11 --query cls --key image --mean head --top 10"
-_ENGINE = click.option(
+engine_option = click.option(
     "--engine",
     type=click.Choice(["prefect", "inline"]),
     help="prefect (if it is installed): as a flow run; inline: the same functions without it.",
@@ -25,7 +25,7 @@ _FOLDER = click.Path(file_okay=False)
 
 @click.command()
 @click.option("--out", default="demo-out", show_default=True, type=_FOLDER, help="Folder for the run and the report.")
-@_ENGINE
+@engine_option
 def demo(out: str, engine: str | None) -> None:
     """Run a study on weights and photographs that installed packages carry.
 
@@ -109,7 +109,7 @@ def report(run: str, out: str | None) -> None:
 @click.option("--out", required=True, type=_FOLDER, help="Folder for the run and the report.")
 @click.option("--analyser", "names", multiple=True, metavar="ANALYSER", help="Run this analyser; repeatable.")
 @option_assignments
-@_ENGINE
+@engine_option
 @extract_options
 def study(
     model: str,
@@ -140,7 +140,7 @@ def _study(
     engine: str | None,
 ) -> "Receipt":
     """Run the study with Prefect if it is there and wanted, else inline."""
-    if (engine or _default_engine()) == "inline":
+    if (engine or default_engine()) == "inline":
         return _inline_study(model, samples, out, choices, options)
     from attnscope_flows import embedded
 
@@ -162,7 +162,8 @@ def _inline_study(
         return _blaming_samples(samples, lambda: study(model, samples, out, choices, options, extract=extract))
 
 
-def _default_engine() -> str:
+def default_engine() -> str:
+    """Prefect where it is installed."""
     from importlib.util import find_spec
 
     return "prefect" if find_spec("prefect") else "inline"

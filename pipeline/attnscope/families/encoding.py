@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from attnscope.samples import Sample, SampleError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from attnscope.loading import LoadedModel
@@ -21,8 +22,7 @@ def encode_samples(samples: Sequence[Sample], loaded: "LoadedModel") -> "dict[st
     """
     inputs: dict[str, Tensor] = {}
     if loaded.image_processor is not None:
-        images = [s.load_image() for s in samples]
-        _require([i is not None for i in images], samples, "image", loaded)
+        images = require_images(samples, loaded)
         inputs |= _tensors(loaded.image_processor(images=images, return_tensors="pt"))
     if loaded.tokenizer is not None:
         _require([bool(s.text) for s in samples], samples, "text", loaded)
@@ -30,6 +30,19 @@ def encode_samples(samples: Sequence[Sample], loaded: "LoadedModel") -> "dict[st
     if not inputs:
         raise SampleError(f"{loaded.name!r} has neither an image processor nor a tokenizer to encode samples with")
     return inputs
+
+
+def require_images(samples: Sequence[Sample], loaded: "LoadedModel") -> "list[Image]":
+    """The image of each sample, decoded.
+
+    Raises
+    ------
+    SampleError
+        When a sample has none, or it can't be decoded.
+    """
+    images = [s.load_image() for s in samples]
+    _require([i is not None for i in images], samples, "image", loaded)
+    return [image for image in images if image is not None]
 
 
 def measure_text(sample: Sample, loaded: "LoadedModel") -> "dict[str, int]":

@@ -1,12 +1,15 @@
-"""Layouts of image regions that an object detector found."""
+"""Image regions that an object detector found, or that a sample's boxes name: their features and their layout."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from attnscope.samples import Region
 from attnscope.tokens import KIND_CODES, TokenLayout, plain_layout
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from attnscope.families import LayoutFunction
@@ -23,3 +26,38 @@ def region_tokens(features_name: str, mask_name: str) -> "LayoutFunction":
         return plain_layout(kind)
 
     return layout
+
+
+# What fills up a picture's regions, in parts of its sides: the whole, its quarters, its middle, its halves.
+_FILLING = (
+    (0, 0, 1, 1),
+    (0, 0, 0.5, 0.5),
+    (0.5, 0, 1, 0.5),
+    (0, 0.5, 0.5, 1),
+    (0.5, 0.5, 1, 1),
+    (0.25, 0.25, 0.75, 0.75),
+    (0, 0, 0.5, 1),
+    (0.5, 0, 1, 1),
+    (0, 0, 1, 0.5),
+    (0, 0.5, 1, 1),
+)
+
+
+def boxes_of(regions: Sequence[Region], size: tuple[int, int], count: int) -> np.ndarray:
+    """As many boxes (region, 4) in pixels of an image of this size (width, height) as are wanted.
+
+    First the different boxes of a sample's regions, ordered by place, so that the order says nothing of the text; then
+    the whole picture and parts of it that are the same for every picture.
+    """
+    named = sorted({region.box for region in regions if region.box is not None})[:count]
+    filling = np.array(_FILLING) * [*size, *size]
+    return np.concatenate([np.array(named, float).reshape(-1, 4), np.resize(filling, (count, 4))])[:count]
+
+
+def crop_regions(image: "Image", boxes: np.ndarray, side: int) -> np.ndarray:
+    """What each box holds, shrunk or stretched to a square of this side: (region, row, column, colour) uint8."""
+    from PIL import Image
+
+    return np.stack(
+        [np.asarray(image.resize((side, side), Image.Resampling.BOX, tuple(box))) for box in boxes.tolist()]
+    )

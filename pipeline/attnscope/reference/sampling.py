@@ -1,7 +1,9 @@
 """Scenes as samples: pictures with captions or questions, and a region with box, span and mask for every phrase."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import count, islice
 
 import numpy as np
 
@@ -14,38 +16,38 @@ PICTURE_SIZE = 96
 """Pixels of a sample's side unless asked for otherwise."""
 
 _PREFIX = "reference:"
-_FORMS = "reference:N, reference:SPLIT:N or reference:SPLIT:questions:N"
+_FORMS = "reference:N, reference:SPLIT:N, reference:SPLIT:questions:N or reference:SPLIT:masked:N"
+_MASK = "[MASK]"
 
 
 def read_reference(source: str, limit: int | None = None) -> list[Sample]:
-    """The samples that a source names: `reference:N`, `reference:SPLIT:N` or `reference:SPLIT:questions:N`.
+    """The samples that a source names: `reference:N`, `reference:SPLIT:N`, or `reference:SPLIT:questions:N`.
 
-    SPLIT is 'train', 'validation', 'test' (unless named) or 'hard'; N is how many, from the first scene on.
+    SPLIT is 'train', 'validation', 'test' (unless named) or 'hard'; N is how many, from the first scene on. In the
+    place of `questions` may stand `masked`: captions with one word masked.
 
     Raises
     ------
     SampleError
         When the name is of no such form.
     """
-    split, questions, count = _parsed(source)
-    wanted = count if limit is None else min(count, limit)
-    if questions:
-        return list(_first(question_samples(split), wanted))
-    return [caption_sample(draw_scene(split, index)) for index in range(wanted)]
+    split, kind, number = _parsed(source)
+    return list(islice(_SAMPLES[kind](split), number if limit is None else min(number, limit)))
 
 
-def _parsed(source: str) -> tuple[str, bool, int]:
+def _parsed(source: str) -> tuple[str, str, int]:
     parts = source.removeprefix(_PREFIX).split(":")
-    questions = len(parts) == 3 and parts[1] == "questions"
     split = parts[0] if len(parts) > 1 else "test"
-    known = len(parts) in (1, 2) or questions
-    if not (known and split in SPLITS and parts[-1].isdecimal() and int(parts[-1]) > 0):
+    kind = parts[1] if len(parts) == 3 else "captions"
+    known = len(parts) <= 3 and split in SPLITS and kind in _SAMPLES
+    if not (known and parts[-1].isdecimal() and int(parts[-1]) > 0):
         raise SampleError(f"samples {source!r} are not {_FORMS} with a split of {', '.join(SPLITS)} and N above 0")
-    return split, questions, int(parts[-1])
+    return split, kind, int(parts[-1])
 
 
-def _first(samples: Iterator[Sample], count: int) -> Iterator[Sample]:
-    return (sample for sample, _ in zip(samples, range(count), strict=False))
+def caption_samples(split: str, size: int = PICTURE_SIZE) -> Iterator[Sample]:
+    """Every scene of a split with its caption, without end."""
+    return (caption_sample(draw_scene(split, index), size) for index in count())
 
 
 def caption_sample(scene: Scene, size: int = PICTURE_SIZE) -> Sample:
@@ -69,7 +71,7 @@ def caption_sample(scene: Scene, size: int = PICTURE_SIZE) -> Sample:
         **{f"negative_{kind}": text for kind, text in negatives.items()},
         "words": json.dumps(_words(scene, caption)),
     }
-    return _sample(scene.name, picture, caption, _regions(caption, labels, len(scene.things)), targets)
+    return _sample(scene.name, picture, caption, regions_of(caption, labels, len(scene.things)), targets)
 
 
 # Which kinds of question a caption's sample may bring, by turns; each list ends in one that every scene allows.
@@ -79,15 +81,40 @@ assert {kind for kinds in _PREFERRED for kind in kinds} == set(ATTRIBUTE_QUESTIO
 
 def question_samples(split: str, size: int = PICTURE_SIZE) -> Iterator[Sample]:
     """Every question about every scene of a split, without end; targets are `answer` and `question_kind`."""
-    index = 0
-    while True:
+    for index in count():
         scene = draw_scene(split, index)
         picture, labels = draw_picture(scene, size)
         for question in ask(scene):
-            regions = _regions(question.caption, labels, len(scene.things))
+            regions = regions_of(question.caption, labels, len(scene.things))
             targets = {"answer": question.answer, "question_kind": question.kind}
             yield _sample(f"{scene.name}-{question.kind}", picture, question.caption, regions, targets)
-        index += 1
+
+
+def masked_samples(split: str, size: int = PICTURE_SIZE) -> Iterator[Sample]:
+    """Captions of a split with one colour or shape masked that the picture determines, each word by turns, without end.
+
+    Targets are `masked` (the word) and `role`; the first region is that of the phrase with the mask.
+    """
+    for index in count():
+        scene = draw_scene(split, index)
+        caption = describe(scene)
+        picture, labels = draw_picture(scene, size)
+        for mention in caption.mentions:
+            for role in ("colour", "shape"):
+                if is_determined(scene, mention, role):
+                    word = mention.attributes[role]
+                    first = (mention, *(m for m in caption.mentions if m is not mention))
+                    masked = replace(caption.changed({word: _MASK}), mentions=first)
+                    targets = {"masked": caption.words[word], "role": role}
+                    regions = regions_of(masked, labels, len(scene.things))
+                    yield _sample(f"{scene.name}-{word}", picture, masked, regions, targets)
+
+
+_SAMPLES: dict[str, Callable[[str], Iterator[Sample]]] = {
+    "captions": caption_samples,
+    "questions": question_samples,
+    "masked": masked_samples,
+}
 
 
 def _sample(
@@ -98,7 +125,7 @@ def _sample(
     return Sample(id=name, image=Image.fromarray(picture), text=caption.text, regions=regions, targets=targets)
 
 
-def _regions(caption: Caption, labels: np.ndarray, things: int) -> tuple[Region, ...]:
+def regions_of(caption: Caption, labels: np.ndarray, things: int) -> tuple[Region, ...]:
     seen = {number: _visible(labels == number) for number in range(-1, things)}
     regions = []
     for mention in caption.mentions:

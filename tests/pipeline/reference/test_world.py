@@ -255,11 +255,25 @@ def test_sources_name_splits_and_questions() -> None:
     assert all(s.text and s.text.endswith("?") and s.targets["answer"] in ANSWERS for s in asked)
 
 
+def test_masked_captions_ask_for_what_the_picture_determines() -> None:
+    samples = read_reference("reference:hard:masked:40")
+    assert {s.targets["role"] for s in samples} == {"colour", "shape"}
+    for sample in samples:
+        assert sample.text is not None and sample.text.count("[MASK]") == 1
+        phrase = sample.regions[0]
+        assert phrase.phrase is not None and phrase.span is not None and "[MASK]" in phrase.phrase
+        assert sample.text[slice(*phrase.span)] == phrase.phrase
+        scene = draw_scene("hard", int(sample.id.split("-")[1]))
+        said = set(phrase.phrase.split()) - {"a", "[MASK]"}
+        fitting = {getattr(t, str(sample.targets["role"])) for t in scene.things if said <= {t.colour, t.shape, t.size}}
+        assert fitting == {sample.targets["masked"]}
+
+
 @pytest.mark.parametrize(
     "name", ["reference:", "reference:0", "reference:all:3", "reference:hard:x", "reference:a:b:c"]
 )
 def test_a_source_that_is_none_is_refused_in_one_sentence(name: str) -> None:
-    with pytest.raises(SampleError, match=r"are not reference:N, reference:SPLIT:N or"):
+    with pytest.raises(SampleError, match=r"are not reference:N, reference:SPLIT:N, reference:SPLIT:questions:N or"):
         read_reference(f"reference:{name}")
 
 

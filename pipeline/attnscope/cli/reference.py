@@ -1,0 +1,110 @@
+"""`attnscope reference`: train the tiny models that attnscope carries, and show their cards."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from attnscope.cli.options import parsed_value
+from attnscope.cli.progress import time_words
+from attnscope.cli.studies import default_engine, engine_option
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+    from attnscope.reference.training import TrainingProgress
+    from attnscope.study import Receipt
+
+
+@click.group()
+def reference() -> None:
+    """Train and describe the reference models."""
+
+
+@reference.command()
+@click.argument("name")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of weights and lessons.")
+@click.option("--out", type=click.Path(file_okay=False), help="Folder for the model; reference-NAME-SEED if not given.")
+@click.option(
+    "--scenes", default=512, show_default=True, type=click.IntRange(min=2), help="Unseen scenes to examine on."
+)
+@click.option(
+    "--recipe",
+    "assignments",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Another value of a field of the recipe, such as steps=200; repeatable.",
+)
+@engine_option
+def train(name: str, seed: int, out: str | None, scenes: int, assignments: Sequence[str], engine: str | None) -> None:
+    """Train the model NAME (vilt, clip, lxmert or text) from its recipe.
+
+    The same command again finishes what was cut short. The same recipe and seed give the same weights.
+    """
+    changes = dict(_change(assignment) for assignment in assignments)
+    folder = out or f"reference-{name}-{seed}"
+    done = _train(name, folder, seed, changes, scenes, engine or default_engine())
+    click.echo(f"model:   {folder} ({done['steps']} steps, {done['seconds']} s of processor time)")
+    click.echo(f"card:    {done['card']}")
+    click.echo(f"digest:  {done['digest']}")
+
+
+@reference.command()
+@click.argument("name")
+@click.option("--format", "form", default="text", type=click.Choice(["text", "json"]), help="How it is printed.")
+def card(name: str, form: str) -> None:
+    """Print the card of the carried model NAME: how it was made, and what it can do."""
+    from attnscope.reference import carrying
+    from attnscope.reference.cards import card_page
+
+    try:
+        found = carrying.card(name)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    click.echo(json.dumps(found, indent=2) if form == "json" else card_page(found))
+
+
+def _change(assignment: str) -> "tuple[str, JsonValue]":
+    field, equals, text = assignment.partition("=")
+    if not equals or not field.strip():
+        raise click.UsageError(f"--recipe {assignment!r} is not FIELD=VALUE")
+    return field.strip().replace("-", "_"), parsed_value(text)
+
+
+def _train(name: str, out: str, seed: int, changes: "dict[str, JsonValue]", scenes: int, engine: str) -> "Receipt":
+    from attnscope.reference.making import examine, recipe_of
+    from attnscope.reference.making import train as train_model
+
+    recipe = recipe_of(name, changes)
+    if engine == "inline":
+        return {**train_model(recipe, seed, out, _tell), **examine(recipe, seed, out, scenes)}
+    from attnscope_flows import embedded
+
+    with embedded(), _listening():
+        from attnscope_flows.reference import train_flow
+
+        return train_flow(name, out, seed, changes, scenes)
+
+
+@contextmanager
+def _listening() -> Iterator[None]:
+    from attnscope_flows.reference import listener
+
+    token = listener.set(_tell)
+    try:
+        yield
+    finally:
+        listener.reset(token)
+
+
+def _tell(progress: "TrainingProgress") -> None:
+    parts = [f"{progress.model}: {progress.stage}, step {progress.step:,} of at most {progress.steps:,}"]
+    parts.append(f"{time_words(progress.seconds)} of processor time")
+    parts += [f"{key.replace('_', ' ')} {value:.3f}" for key, value in progress.figures.items() if key in _TOLD]
+    click.echo(", ".join(parts), err=True)
+
+
+_TOLD = ("words_colour", "words_shape", "matching_balanced", "answers_attributes", "image_to_text", "text_to_image")
+COMMANDS = (reference,)

@@ -1,0 +1,75 @@
+"""The card of a trained model as a page for people."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_ABOUT = {
+    "vilt": "Single stream: text and patches in one encoder (ViLT). Heads for matching (the default), masked words"
+    " (`ViltForMaskedLM`), answers (`ViltForQuestionAnswering`), and the class of each patch"
+    " (`patch_classifier`, a linear layer on the last hidden states).",
+    "clip": "Two encoders that meet in the similarity (CLIP), and the class of each patch"
+    " (`patch_classifier`, a linear layer on the image's last hidden states).",
+    "lxmert": "Two streams with co-attention (LXMERT); its regions are what a sample's boxes show, 8 x 8 pixels each."
+    " All heads are LXMERT's own: masked words, matching, object classes, answers.",
+    "text": "Captions alone (BERT, masked words): a control that never saw an image, so that its figures are the prior"
+    " of the language.",
+}
+_NOTES = {
+    "vilt": "Each figure of masked words masks one word that the picture and the rest of its phrase determine."
+    " 'without object' hides the patches that show anything of the word's object, 'without image' all of them, as"
+    " mid-grey. 'balanced' matching takes true captions and as many wrong ones: another scene's, one changed in an"
+    " attribute, one with two attributes exchanged, by turns. 'attributes' are the questions for a colour, a shape, and"
+    " whether something is there.",
+    "clip": "R@1 is among 256 scenes, some of which may share a caption. 'beats' figures compare a true caption with"
+    " one that is wrong in one thing.",
+    "text": "Captions of normal scenes name no colour and no shape twice, which the words give away.",
+}
+_NOTES["lxmert"] = (
+    _NOTES["vilt"]
+    .replace("patches that show anything", "regions that show most")
+    .replace("mid-grey", "features of zero; the boxes stay")
+)
+
+
+def card_page(card: Mapping[str, Any]) -> str:
+    """Markdown of a card."""
+    recipe, name = card["recipe"], card["model"]
+    lines = [
+        f"# reference:{name}",
+        "",
+        _ABOUT[name],
+        "",
+        f"{card['parameters']:,} parameters, trained by `attnscope reference train {name} --seed {card['seed']}`:"
+        f" {recipe['scenes']:,} generated scenes (world version {card['world_version']}), {card['steps']:,} steps"
+        f" (the rate fell from step {card['decay_from']:,}), {card['processor_seconds']} s of processor time in one"
+        f" thread, torch {card['versions']['torch']}, transformers {card['versions']['transformers']}.",
+        "",
+        f"Figures on {card['examined_scenes']} scenes of each split that it never saw; in brackets the"
+        f" {card['interval']}. {_NOTES[name]}",
+        "",
+        *_table(card["figures"]),
+        "",
+        f"Licence {card['licence']}; data and weights are this project's own. SHA-256 of the weight files"
+        f" `{card['digest']}`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Sequence[str]:
+    splits = list(figures)
+    names = list(dict.fromkeys(name for split in splits for name in figures[split]))
+    rows = [f"| figure | {' | '.join(splits)} |", "|---|" + "---|" * len(splits)]
+    for name in names:
+        cells = [_cell(figures[split].get(name), name) for split in splits]
+        rows.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    return rows
+
+
+def _cell(figure: Mapping[str, float] | None, name: str) -> str:
+    if figure is None:
+        return "-"
+    value, low, high = (figure[key] for key in ("value", "low", "high"))
+    if name.endswith("bits"):
+        return f"{value:.2f} bits ({low:.2f} to {high:.2f})"
+    return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"

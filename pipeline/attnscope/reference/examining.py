@@ -1,0 +1,212 @@
+"""How well a learner does on scenes that it never saw, with intervals over scenes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnscope.reference.captions import ATTRIBUTE_QUESTIONS, QUESTIONS
+from attnscope.reference.corpus import MASK, NEGATIVES, ROLES, Corpus
+from attnscope.reference.learners import Clip, JointLearner, Seen
+from attnscope.reference.lessons import trimmed, units_of, units_showing
+
+_BATCH = 256
+_GALLERY = 256
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over items with its 95 % bootstrap interval over scenes."""
+
+    value: float
+    low: float
+    high: float
+    items: int
+
+
+@dataclass(frozen=True)
+class Items:
+    """One value per item, and the scene that each item is about."""
+
+    values: np.ndarray
+    scenes: np.ndarray
+
+    def figure(self, draws: int = 1000, seed: int = 0) -> Figure:
+        """The mean, and what it would be for other scenes."""
+        count = int(self.scenes.max()) + 1
+        sums = np.bincount(self.scenes, self.values, count)
+        items = np.bincount(self.scenes, minlength=count)
+        present = items > 0
+        sums, items = sums[present], items[present]
+        drawn = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
+        means = sums[drawn].sum(1) / items[drawn].sum(1)
+        low, high = np.quantile(means, [0.025, 0.975]).tolist()
+        return Figure(float(self.values.mean()), low, high, len(self.values))
+
+
+def hide_thing(learner: JointLearner, corpus: Corpus, seen: Seen, scenes: np.ndarray, things: np.ndarray) -> Seen:
+    """Hide the units of one thing of each scene; where there is none (a relation's word), nothing."""
+    return learner.hide(seen, torch.from_numpy(units_showing(learner, corpus, scenes, things)))
+
+
+def hide_everything(learner: JointLearner, corpus: Corpus, seen: Seen, scenes: np.ndarray, things: np.ndarray) -> Seen:
+    """Hide all units."""
+    classes, _ = units_of(learner, corpus)
+    return learner.hide(seen, torch.ones(classes[scenes].shape, dtype=torch.bool))
+
+
+@torch.no_grad()
+def examine_words(
+    learner: JointLearner, corpus: Corpus, change: Callable[[Seen, np.ndarray, np.ndarray], Seen] | None = None
+) -> dict[str, dict[str, Items]]:
+    """For each role, of each determined word masked by itself: whether it is found, and its surprise in bits.
+
+    `change` may alter what is seen, given the scenes and the thing that the masked word is about.
+    """
+    scenes, tokens = np.nonzero((corpus.roles > 0) & corpus.determined)
+    shown = corpus.words[scenes].astype(np.int64)
+    rows = np.arange(len(scenes))
+    wanted = shown[rows, tokens]
+    shown[rows, tokens] = MASK
+    found, bits = np.zeros(len(rows)), np.zeros(len(rows))
+    for at in _batches(len(rows)):
+        seen = learner.see(corpus, scenes[at])
+        if change is not None:
+            seen = change(seen, scenes[at], corpus.phrases[scenes[at], tokens[at]])
+        hidden = learner.encode(trimmed(shown[at]), seen)
+        logits = learner.words(hidden)[np.arange(len(shown[at])), tokens[at]].double()
+        found[at] = logits.argmax(-1).numpy() == wanted[at]
+        chosen = torch.from_numpy(wanted[at])[:, None]
+        bits[at] = -logits.log_softmax(-1).gather(1, chosen)[:, 0].numpy() / np.log(2)
+    roles = corpus.roles[scenes, tokens]
+    of = {role: roles == number for number, role in enumerate(ROLES) if number and (roles == number).any()}
+    return {
+        role: {"accuracy": Items(found[chosen], scenes[chosen]), "bits": Items(bits[chosen], scenes[chosen])}
+        for role, chosen in of.items()
+    }
+
+
+@torch.no_grad()
+def examine_matching(learner: JointLearner, corpus: Corpus) -> dict[str, Items]:
+    """Whether true captions are accepted, and wrong ones refused, by what is wrong; 'balanced' is both alike.
+
+    Of a scene's wrong captions, the balanced figure takes one: another scene's, or one changed in an attribute or in
+    order, by turns.
+    """
+    scores = {"true": _match(learner, corpus, corpus.words)}
+    others = np.roll(corpus.words, 1, axis=0)
+    texts = {"other": others, **{kind: corpus.negatives[:, i] for i, kind in enumerate(NEGATIVES)}}
+    result = {"true": Items((scores["true"] > 0).astype(float), np.arange(len(corpus)))}
+    for kind, words in texts.items():
+        there = np.flatnonzero(words.any(1))
+        if len(there):
+            refused = _match(learner, corpus, words[there], there) <= 0
+            result[kind] = Items(refused.astype(float), there)
+    turns = ("other", "attribute", "order")
+    chosen = [
+        Items(
+            result[k].values[result[k].scenes % len(turns) == i], result[k].scenes[result[k].scenes % len(turns) == i]
+        )
+        for i, k in enumerate(turns)
+        if k in result
+    ]
+    refused = np.concatenate([c.values for c in chosen])
+    where = np.concatenate([c.scenes for c in chosen])
+    result["balanced"] = Items(np.concatenate([result["true"].values[where], refused]), np.concatenate([where, where]))
+    return result
+
+
+def _match(learner: JointLearner, corpus: Corpus, words: np.ndarray, scenes: np.ndarray | None = None) -> np.ndarray:
+    chosen = np.arange(len(corpus)) if scenes is None else scenes
+    scores = [
+        learner.match(learner.encode(trimmed(words[at]), learner.see(corpus, chosen[at])))
+        for at in _batches(len(chosen))
+    ]
+    return torch.cat(scores).numpy()
+
+
+@torch.no_grad()
+def examine_answers(learner: JointLearner, corpus: Corpus) -> dict[str, Items]:
+    """Whether each question is answered rightly, by kind; 'attributes' are the kinds that ask for one object's."""
+    scenes, kinds = np.nonzero(corpus.answers >= 0)
+    right = np.zeros(len(scenes))
+    for at in _batches(len(scenes)):
+        words = trimmed(corpus.questions[scenes[at], kinds[at]])
+        logits = learner.answer(learner.encode(words, learner.see(corpus, scenes[at])))
+        right[at] = logits.argmax(-1).numpy() == corpus.answers[scenes[at], kinds[at]]
+    of = {kind: kinds == number for number, kind in enumerate(QUESTIONS)}
+    of["attributes"] = np.isin(kinds, [QUESTIONS.index(kind) for kind in ATTRIBUTE_QUESTIONS])
+    return {kind: Items(right[chosen], scenes[chosen]) for kind, chosen in of.items() if chosen.any()}
+
+
+@torch.no_grad()
+def examine_units(learner: JointLearner, corpus: Corpus, *, words_masked: bool = False) -> dict[str, Items]:
+    """Of each mentioned thing with all of its units hidden: whether a unit's class, and its surprise in bits."""
+    classes, things = units_of(learner, corpus)
+    numbers = np.arange(corpus.patch_shows.shape[1])
+    mentioned = (corpus.phrases[..., None] == numbers).any(1) & (things[..., None] == numbers).any(1)
+    rows, wanted = mentioned.nonzero()
+    hides = units_showing(learner, corpus, rows, wanted)
+    asks = things[rows] == wanted[:, None]
+    right, bits, where = [], [], []
+    for at in _batches(len(rows)):
+        words = corpus.words[rows[at]].astype(np.int64)
+        if words_masked:
+            words = np.where((words > MASK), MASK, words)
+        seen = learner.hide(learner.see(corpus, rows[at]), torch.from_numpy(hides[at]))
+        logits = learner.classify(learner.encode(trimmed(words), seen)).double()
+        row, unit = asks[at].nonzero()
+        truth = torch.from_numpy(classes[rows[at]][row, unit].astype(np.int64))
+        chosen = logits[row, unit]
+        right.append((chosen.argmax(-1) == truth).double().numpy())
+        bits.append(-chosen.log_softmax(-1).gather(1, truth[:, None])[:, 0].numpy() / np.log(2))
+        where.append(rows[at][row])
+    scene = np.concatenate(where)
+    return {"accuracy": Items(np.concatenate(right), scene), "bits": Items(np.concatenate(bits), scene)}
+
+
+@torch.no_grad()
+def examine_retrieval(learner: Clip, corpus: Corpus) -> dict[str, Items]:
+    """R@1 both ways, whether each true caption beats its wrong ones, and the classes of patches.
+
+    R@1 is among 256 scenes, or among all if there are fewer.
+    """
+    images, texts, logits = [], [], []
+    for at in _batches(len(corpus)):
+        vectors, unit_logits = learner.embed_images(corpus, np.arange(len(corpus))[at])
+        images.append(vectors)
+        logits.append(unit_logits)
+        texts.append(learner.embed_texts(trimmed(corpus.words[at])))
+    image, text = torch.cat(images), torch.cat(texts)
+    found: dict[str, list[np.ndarray]] = {"image_to_text": [], "text_to_image": []}
+    size = min(_GALLERY, len(corpus))
+    truth = torch.arange(size)
+    for start in range(0, len(corpus) - size + 1, size):
+        block = slice(start, start + size)
+        similarity = image[block] @ text[block].T
+        found["image_to_text"].append((similarity.argmax(1) == truth).double().numpy())
+        found["text_to_image"].append((similarity.argmax(0) == truth).double().numpy())
+    result = {name: Items(np.concatenate(values), np.arange(sum(map(len, values)))) for name, values in found.items()}
+    own = (image * text).sum(-1)
+    for number, kind in enumerate(NEGATIVES):
+        there = np.flatnonzero(corpus.negatives[:, number].any(1))
+        if len(there):
+            wrong = _embedded(learner, corpus.negatives[there, number])
+            better = own[there] > (image[there] * wrong).sum(-1)
+            result[f"beats_{kind}"] = Items(better.double().numpy(), there)
+    classes = corpus.patches.astype(np.int64)
+    scene, patch = np.nonzero(classes != classes.max())
+    right = torch.cat(logits)[scene, patch].argmax(-1).numpy() == classes[scene, patch]
+    result["patches"] = Items(right.astype(float), scene)
+    return result
+
+
+def _embedded(learner: Clip, words: np.ndarray) -> Tensor:
+    parts = [learner.embed_texts(trimmed(words[at])) for at in _batches(len(words))]
+    return torch.cat(parts)
+
+
+def _batches(count: int) -> Iterator[slice]:
+    return (slice(start, min(start + _BATCH, count)) for start in range(0, count, _BATCH))

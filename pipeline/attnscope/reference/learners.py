@@ -1,0 +1,360 @@
+"""The tiny models: transformers' own classes with every head, and what each makes of a batch while it learns.
+
+A learner is one module that owns a model and its heads. The models that see image and text together answer the same
+calls: `see` makes image inputs of scenes, `hide` takes units (patches or regions) away from them, `encode` gives the
+last hidden states. Whatever a learner's modules are called is what its weights are called in the saved file.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from attnscope.reference.captions import ANSWERS
+from attnscope.reference.corpus import (
+    CLASSES,
+    GRID,
+    LENGTH,
+    PAD,
+    PATCH,
+    REGION_SIDE,
+    REGIONS,
+    SEP,
+    SIDE,
+    VOCABULARY,
+    Corpus,
+)
+from attnscope.reference.scenes import COLOURS, SHAPES
+
+_WIDTH, _HEADS, _LAYERS = 64, 4, 4
+_INIT = 0.05
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Last hidden states of the text (sample, token, channel) and the image (sample, unit, channel), and the pooled."""
+
+    text: Tensor
+    image: Tensor | None
+    pooled: Tensor | None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model gets of images: pixels (sample, colour, row, column), or region features and boxes."""
+
+    pixels: Tensor
+    boxes: Tensor | None = None
+
+
+class JointLearner(nn.Module):
+    """A model that reads image and text together, or text alone, and then has no more than words."""
+
+    def see(self, corpus: Corpus, scenes: np.ndarray) -> Seen:
+        """The image inputs of scenes."""
+        raise NotImplementedError
+
+    def hide(self, seen: Seen, units: Tensor) -> Seen:
+        """The same without some units, (sample, unit) bool."""
+        raise NotImplementedError
+
+    def encode(self, words: Tensor, seen: Seen) -> Hidden:
+        """The last hidden states for texts (sample, token)."""
+        raise NotImplementedError
+
+    def words(self, hidden: Hidden) -> Tensor:
+        """Logits of each token's word (sample, token, word)."""
+        raise NotImplementedError
+
+    def match(self, hidden: Hidden) -> Tensor:
+        """Log-odds that text and image belong together (sample,)."""
+        raise NotImplementedError
+
+    def answer(self, hidden: Hidden) -> Tensor:
+        """Logits of the answers (sample, answer)."""
+        raise NotImplementedError
+
+    def classify(self, hidden: Hidden) -> Tensor:
+        """Logits of each unit's class (sample, unit, class)."""
+        raise NotImplementedError
+
+
+def normalised(images: np.ndarray) -> Tensor:
+    """Images (..., row, column, colour) uint8 as numbers from -1 to 1 (..., colour, row, column)."""
+    return torch.from_numpy(np.moveaxis(images, -1, -3).astype(np.float32) / 127.5 - 1)
+
+
+def smooth_positions(grid: int, width: int, scale: float = 0.4) -> Tensor:
+    """Sines and cosines of the row and of the column of each patch (patch, channel), of low frequencies."""
+    axis = (torch.arange(grid, dtype=torch.float32) + 0.5) / grid
+    turns = torch.arange(1, width // 4 + 1, dtype=torch.float32) * torch.pi / 2
+    waves = torch.cat([(axis[:, None] * turns).sin(), (axis[:, None] * turns).cos()], 1)
+    # Higher frequencies count for less.
+    waves = waves / torch.arange(1, width // 4 + 1).sqrt().repeat(2)
+    rows = waves[:, None].expand(grid, grid, -1)
+    columns = waves[None].expand(grid, grid, -1)
+    return scale * torch.cat([rows, columns], -1).reshape(grid * grid, width)
+
+
+class UnitClassifier(nn.Module):
+    """Class logits of image units: an object's are the sum of its colour's and its shape's, the ground has its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.Linear(_WIDTH, len(COLOURS) + len(SHAPES) + 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., channel) to (..., class)."""
+        return self.parts(hidden) @ _class_parts().T
+
+    def whole(self) -> nn.Linear:
+        """The same as one linear layer."""
+        head = nn.Linear(self.parts.in_features, len(CLASSES))
+        with torch.no_grad():
+            head.weight.copy_(_class_parts() @ self.parts.weight)
+            head.bias.copy_(_class_parts() @ self.parts.bias)
+        return head
+
+
+def _class_parts() -> Tensor:
+    """Which parts (colours, shapes, ground) make up each class: (class, part)."""
+    parts = torch.zeros(len(CLASSES), len(COLOURS) + len(SHAPES) + 1)
+    for number, name in enumerate(CLASSES[:-1]):
+        colour, shape = name.split()
+        parts[number, list(COLOURS).index(colour)] = 1
+        parts[number, len(COLOURS) + SHAPES.index(shape)] = 1
+    parts[-1, -1] = 1
+    return parts
+
+
+def _extended(mask: Tensor) -> Tensor:
+    """An attention mask (sample, token) as what is added to scores (sample, 1, 1, token)."""
+    return (1 - mask[:, None, None].float()) * torch.finfo(torch.float32).min
+
+
+class Vilt(JointLearner):
+    """ViLT with heads for masked words, matching, answers, and the class of each patch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = vilt_config()
+        words = transformers.ViltForMaskedLM(config)
+        self.vilt = words.vilt
+        self.mlm_score = words.mlm_score
+        self.rank_output = transformers.ViltForImageAndTextRetrieval(config).rank_output
+        self.classifier = transformers.ViltForQuestionAnswering(config).classifier
+        self.patch_classifier = UnitClassifier()
+        with torch.no_grad():
+            self.vilt.embeddings.position_embeddings[0, 1:] = smooth_positions(GRID, _WIDTH)
+
+    def see(self, corpus: Corpus, scenes: np.ndarray) -> Seen:
+        return Seen(normalised(corpus.pixels[scenes]))
+
+    def hide(self, seen: Seen, units: Tensor) -> Seen:
+        """Mid-grey patches where `units` (sample, patch) says so."""
+        hidden = units.reshape(-1, 1, GRID, 1, GRID, 1).expand(-1, 3, -1, PATCH, -1, PATCH)
+        return Seen(seen.pixels.masked_fill(hidden.reshape(seen.pixels.shape), 0))
+
+    def encode(self, words: Tensor, seen: Seen) -> Hidden:
+        # The model's own forward shuffles the patches in a loop over samples; with every patch of every image real,
+        # this is the same in fixed order.
+        parts = self.vilt.embeddings
+        patches = parts.patch_embeddings(seen.pixels).flatten(2).transpose(1, 2)
+        image = torch.cat([parts.cls_token.expand(len(patches), -1, -1), patches], 1) + parts.position_embeddings
+        kinds = parts.token_type_embeddings.weight
+        states = torch.cat([parts.text_embeddings(words) + kinds[0], image + kinds[1]], 1)
+        mask = torch.cat([words != PAD, torch.ones(image.shape[:2], dtype=torch.bool)], 1)
+        states = self.vilt.encoder(states, attention_mask=_extended(mask)).last_hidden_state
+        states = self.vilt.layernorm(states)
+        count = words.shape[1]
+        return Hidden(states[:, :count], states[:, count + 1 :], self.vilt.pooler(states))
+
+    def words(self, hidden: Hidden) -> Tensor:
+        return self.mlm_score(hidden.text)
+
+    def match(self, hidden: Hidden) -> Tensor:
+        return self.rank_output(hidden.pooled)[:, 0]
+
+    def answer(self, hidden: Hidden) -> Tensor:
+        return self.classifier(hidden.pooled)
+
+    def classify(self, hidden: Hidden) -> Tensor:
+        return self.patch_classifier(hidden.image)
+
+
+class Lxmert(JointLearner):
+    """LXMERT, which has all heads itself; the classes of its objects are the world's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = transformers.LxmertForPreTraining(lxmert_config())
+        self.lxmert = whole.lxmert
+        self.cls = whole.cls
+        self.obj_predict_head = whole.obj_predict_head
+        self.answer_head = whole.answer_head
+
+    def see(self, corpus: Corpus, scenes: np.ndarray) -> Seen:
+        return Seen(normalised(corpus.crops[scenes]).flatten(2), torch.from_numpy(corpus.boxes[scenes]))
+
+    def hide(self, seen: Seen, units: Tensor) -> Seen:
+        """Features of zero where `units` (sample, region) says so; boxes stay."""
+        return Seen(seen.pixels.masked_fill(units[..., None], 0), seen.boxes)
+
+    def encode(self, words: Tensor, seen: Seen) -> Hidden:
+        out = self.lxmert(
+            input_ids=words, attention_mask=(words != PAD).float(), visual_feats=seen.pixels, visual_pos=seen.boxes
+        )
+        return Hidden(out.language_output, out.vision_output, out.pooled_output)
+
+    def words(self, hidden: Hidden) -> Tensor:
+        return self.cls.predictions(hidden.text)
+
+    def match(self, hidden: Hidden) -> Tensor:
+        scores = self.cls.seq_relationship(hidden.pooled)
+        return scores[:, 1] - scores[:, 0]
+
+    def answer(self, hidden: Hidden) -> Tensor:
+        return self.answer_head(hidden.pooled)
+
+    def classify(self, hidden: Hidden) -> Tensor:
+        return self.obj_predict_head(hidden.image)["obj"]
+
+
+class Text(JointLearner):
+    """BERT that reads captions alone: what the words by themselves give away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = transformers.BertForMaskedLM(text_config())
+        self.bert, self.cls = whole.bert, whole.cls
+
+    def see(self, corpus: Corpus, scenes: np.ndarray) -> Seen:
+        return Seen(torch.zeros(len(scenes), 0))
+
+    def encode(self, words: Tensor, seen: Seen) -> Hidden:
+        out = self.bert(input_ids=words, attention_mask=(words != PAD).float())
+        return Hidden(out.last_hidden_state, None, None)
+
+    def words(self, hidden: Hidden) -> Tensor:
+        return self.cls(hidden.text)
+
+
+class Clip(nn.Module):
+    """CLIP with a class for each patch beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = transformers.CLIPModel(clip_config())
+        self.text_model, self.vision_model = whole.text_model, whole.vision_model
+        self.text_projection, self.visual_projection = whole.text_projection, whole.visual_projection
+        self.logit_scale = whole.logit_scale
+        self.patch_classifier = UnitClassifier()
+        with torch.no_grad():
+            self.vision_model.embeddings.position_embedding.weight[1:] = smooth_positions(GRID, _WIDTH)
+
+    def embed_images(self, corpus: Corpus, scenes: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Unit vectors (sample, channel), and class logits of the patches (sample, patch, class)."""
+        out = self.vision_model(pixel_values=normalised(corpus.pixels[scenes]))
+        vectors = nn.functional.normalize(self.visual_projection(out.pooler_output), dim=-1)
+        return vectors, self.patch_classifier(out.last_hidden_state[:, 1:])
+
+    def embed_texts(self, words: Tensor) -> Tensor:
+        """Unit vectors (text, channel)."""
+        out = self.text_model(input_ids=words, attention_mask=(words != PAD).long())
+        return nn.functional.normalize(self.text_projection(out.pooler_output), dim=-1)
+
+
+LEARNERS: dict[str, type[nn.Module]] = {"vilt": Vilt, "clip": Clip, "lxmert": Lxmert, "text": Text}
+
+_ANSWER_NAMES = dict(enumerate(ANSWERS))
+_ANSWER_IDS = {answer: number for number, answer in enumerate(ANSWERS)}
+
+
+def vilt_config() -> transformers.ViltConfig:
+    return transformers.ViltConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=_WIDTH,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=_HEADS,
+        intermediate_size=4 * _WIDTH,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        max_position_embeddings=LENGTH,
+        image_size=SIDE,
+        patch_size=PATCH,
+        max_image_length=-1,
+        pad_token_id=PAD,
+        initializer_range=_INIT,
+        id2label=_ANSWER_NAMES,
+        label2id=_ANSWER_IDS,
+        tie_word_embeddings=True,
+        architectures=["ViltForImageAndTextRetrieval"],
+    )
+
+
+def lxmert_config() -> transformers.LxmertConfig:
+    return transformers.LxmertConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=_WIDTH,
+        num_attention_heads=_HEADS,
+        intermediate_size=4 * _WIDTH,
+        l_layers=2,
+        r_layers=1,
+        x_layers=2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        max_position_embeddings=LENGTH,
+        visual_feat_dim=3 * REGION_SIDE**2,
+        num_object_labels=len(CLASSES),
+        num_qa_labels=len(ANSWERS),
+        visual_attr_loss=False,
+        visual_feat_loss=False,
+        initializer_range=_INIT,
+        pad_token_id=PAD,
+        # Not LXMERT's: its features usually come from a detector, here they are what each box shows.
+        region_pixels={"count": REGIONS, "side": REGION_SIDE},
+        architectures=["LxmertForPreTraining"],
+    )
+
+
+def text_config() -> transformers.BertConfig:
+    return transformers.BertConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=_HEADS,
+        intermediate_size=4 * _WIDTH,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        max_position_embeddings=LENGTH,
+        pad_token_id=PAD,
+        initializer_range=_INIT,
+        architectures=["BertForMaskedLM"],
+    )
+
+
+def clip_config() -> transformers.CLIPConfig:
+    shared = {"hidden_size": _WIDTH, "intermediate_size": 4 * _WIDTH, "num_attention_heads": _HEADS}
+    return transformers.CLIPConfig(
+        text_config={
+            **shared,
+            "vocab_size": len(VOCABULARY),
+            "num_hidden_layers": 2,
+            "max_position_embeddings": LENGTH,
+            "pad_token_id": PAD,
+            "bos_token_id": None,
+            "eos_token_id": SEP,
+            "projection_dim": _WIDTH,
+        },
+        vision_config={
+            **shared,
+            "num_hidden_layers": _LAYERS,
+            "image_size": SIDE,
+            "patch_size": PATCH,
+            "projection_dim": _WIDTH,
+        },
+        projection_dim=_WIDTH,
+        architectures=["CLIPModel"],
+    )

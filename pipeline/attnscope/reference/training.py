@@ -1,0 +1,243 @@
+"""From a recipe and a seed to trained weights: the same to the bit each time, whether or not it was cut short."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from attnscope.reference.corpus import Corpus, build_corpus
+from attnscope.reference.examining import (
+    examine_answers,
+    examine_matching,
+    examine_retrieval,
+    examine_words,
+)
+from attnscope.reference.learners import LEARNERS, Clip, JointLearner, Text
+from attnscope.reference.lessons import HARD_SHARE, contrastive_losses, joint_losses, word_losses
+from attnscope.reference.scenes import WORLD_VERSION
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained.
+
+    Hard scenes are asked about from step `hard_from`. The rate rises over `warm_up` steps to its peak and stays there
+    until the validation figures reach all `goals`, or for `steps` at most; then it falls to zero over `decay` steps.
+    """
+
+    model: str
+    scenes: int = 16000
+    hard_from: int = 0
+    steps: int = 3000
+    decay: int = 500
+    warm_up: int = 100
+    peak_rate: float = 1.5e-3
+    weight_decay: float = 0.02
+    clip: float = 1.0
+    examine_every: int = 200
+    validation_scenes: int = 256
+    goals: Mapping[str, float] = field(default_factory=dict)
+
+
+RECIPES = {
+    "vilt": Recipe(
+        "vilt",
+        goals={"words_colour": 0.97, "words_shape": 0.95, "matching_balanced": 0.88, "answers_attributes": 0.93},
+    ),
+    "clip": Recipe("clip", steps=2500, goals={"image_to_text": 0.62, "text_to_image": 0.62}),
+    "lxmert": Recipe(
+        "lxmert",
+        goals={"words_colour": 0.97, "words_shape": 0.97, "matching_balanced": 0.88, "answers_attributes": 0.94},
+    ),
+    "text": Recipe("text", steps=400, decay=200),
+}
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """How far a training is: steps done of at most so many, mean losses, the last validation figures."""
+
+    model: str
+    stage: str
+    step: int
+    steps: int
+    seconds: float
+    losses: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+Listener = Callable[[TrainingProgress], None]
+
+
+@dataclass
+class _State:
+    """All that a training goes on from, beside weights and optimizer: the steps done, and when decay began."""
+
+    step: int = 0
+    decay_from: int | None = None
+    seconds: float = 0.0
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+class Training:
+    """One training: call `advance` until it is `done`."""
+
+    def __init__(self, recipe: Recipe, seed: int, folder: Path, listener: Listener | None = None) -> None:
+        torch.set_num_threads(1)
+        self.recipe, self.seed, self.folder = recipe, seed, folder
+        self._tell = listener or (lambda progress: None)
+        torch.manual_seed(seed)
+        self.learner = LEARNERS[recipe.model]()
+        matrices = [p for p in self.learner.parameters() if p.ndim >= 2]
+        rest = [p for p in self.learner.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6)
+        self._state = _State()
+        self._corpus: Corpus | None = None
+        self._validation: Corpus | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step is behind it."""
+        return self._state.step >= self._last_step
+
+    @property
+    def step(self) -> int:
+        return self._state.step
+
+    @property
+    def decay_from(self) -> int | None:
+        """The step from which the rate fell, when it has begun to."""
+        return self._state.decay_from
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of processor time that the training took, those before it was resumed included."""
+        return self._state.seconds
+
+    @property
+    def _last_step(self) -> int:
+        decay_from = self._state.decay_from
+        return (self.recipe.steps if decay_from is None else decay_from) + self.recipe.decay
+
+    def advance(self, steps: int | None = None) -> None:
+        """Train for so many steps (until the end), with a checkpoint at every examination."""
+        last = self._last_step if steps is None else self._state.step + steps
+        if self._corpus is None:
+            started = time.process_time()
+            self._report("drawing scenes")
+            self._corpus = build_corpus("train", range(self.recipe.scenes))
+            self._validation = build_corpus("validation", range(self.recipe.validation_scenes))
+            self._state.seconds += time.process_time() - started
+        losses: list[dict[str, float]] = []
+        while not self.done and self._state.step < last:
+            started = time.process_time()
+            losses.append(self._one_step())
+            self._state.step += 1
+            if self._state.step % self.recipe.examine_every == 0 or self.done:
+                self._examine()
+                self._state.seconds += time.process_time() - started
+                self.save()
+                self._report("training", {k: float(np.mean([one[k] for one in losses])) for k in losses[0]})
+                losses.clear()
+            else:
+                self._state.seconds += time.process_time() - started
+
+    def _one_step(self) -> dict[str, float]:
+        state, recipe = self._state, self.recipe
+        if state.decay_from is None and state.step >= recipe.steps:
+            state.decay_from = state.step
+        rate = recipe.peak_rate * min(1.0, (state.step + 1) / recipe.warm_up)
+        if state.decay_from is not None:
+            rate *= 1 - (state.step - state.decay_from) / recipe.decay
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        rng = np.random.Generator(np.random.PCG64([WORLD_VERSION, self.seed, state.step]))
+        share = HARD_SHARE if state.step >= recipe.hard_from else 0.0
+        losses = _LOSSES[recipe.model](self.learner, self._corpus, rng, share)
+        self._optimizer.zero_grad()
+        sum(losses.values(), torch.zeros(())).backward()
+        nn.utils.clip_grad_norm_(self.learner.parameters(), recipe.clip)
+        self._optimizer.step()
+        return {name: loss.item() for name, loss in losses.items()}
+
+    def _examine(self) -> None:
+        assert self._validation is not None
+        self.learner.eval()
+        self._state.figures = validation_figures(self.learner, self._validation)
+        self.learner.train()
+        reached = all(self._state.figures[name] >= goal for name, goal in self.recipe.goals.items())
+        if self.recipe.goals and reached and self._state.decay_from is None:
+            self._state.decay_from = self._state.step
+
+    def _report(self, stage: str, losses: Mapping[str, float] | None = None) -> None:
+        state = self._state
+        self._tell(
+            TrainingProgress(
+                self.recipe.model, stage, state.step, self._last_step, state.seconds, losses or {}, state.figures
+            )
+        )
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.folder / "checkpoint.safetensors"
+
+    def save(self) -> None:
+        """Write a checkpoint, whole or not at all."""
+        tensors: dict[str, Tensor] = {f"weights/{n}": p.detach() for n, p in self.learner.named_parameters()}
+        for name, parameter in self.learner.named_parameters():
+            for key, value in self._optimizer.state[parameter].items():
+                tensors[f"{key}/{name}"] = value
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self._checkpoint.with_suffix(".unfinished")
+        state = vars(self._state) | {"recipe": repr(self.recipe), "seed": self.seed}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, unfinished, {"state": json.dumps(state)})
+        unfinished.replace(self._checkpoint)
+
+    def resume(self) -> bool:
+        """Go on from the folder's checkpoint; False where it has none of this recipe and seed."""
+        if not self._checkpoint.is_file():
+            return False
+        with safe_open(self._checkpoint, "pt") as file:
+            state = json.loads(file.metadata()["state"])
+            if (state.pop("recipe"), state.pop("seed")) != (repr(self.recipe), self.seed):
+                return False
+            with torch.no_grad():
+                for name, parameter in self.learner.named_parameters():
+                    parameter.copy_(file.get_tensor(f"weights/{name}"))
+                    self._optimizer.state[parameter] = {
+                        key: file.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")
+                    }
+        self._state = _State(**state)
+        return True
+
+
+_LOSSES: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "vilt": joint_losses,
+    "lxmert": joint_losses,
+    "clip": contrastive_losses,
+    "text": word_losses,
+}
+
+
+def validation_figures(learner: nn.Module, corpus: Corpus) -> dict[str, float]:
+    """The figures that goals are set for."""
+    if isinstance(learner, Clip):
+        return {name: float(items.values.mean()) for name, items in examine_retrieval(learner, corpus).items()}
+    assert isinstance(learner, JointLearner)
+    words = examine_words(learner, corpus)
+    figures = {f"words_{role}": float(found["accuracy"].values.mean()) for role, found in words.items()}
+    if not isinstance(learner, Text):
+        for prefix, found in (
+            ("matching", examine_matching(learner, corpus)),
+            ("answers", examine_answers(learner, corpus)),
+        ):
+            figures |= {f"{prefix}_{name}": float(items.values.mean()) for name, items in found.items()}
+    return figures
