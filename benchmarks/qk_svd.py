@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from attnscope_qk_svd import singular_modes, singular_values
+from attnscope_qk_svd.modes import singular_modes, singular_values
 
 MODELS = {"ViT-B/16": (12, 12, 64, 768), "ViT-L/16": (24, 16, 64, 1024)}
 

@@ -88,3 +88,9 @@ def join_sites(parts: dict[str, xr.Dataset], fill: dict[str, object] | None = No
     along = xr.Variable("site", np.array(list(parts), object), {"long_name": "kind of attention"})
     return xr.concat(list(parts.values()), along, join="outer", coords="minimal", compat="override",
                      data_vars="all", fill_value={**sums, **(fill or {})})  # fmt: skip
+
+
+def directions(queries: TokenBlock, keys: TokenBlock) -> list[tuple[str, str]]:
+    """From which modality to which tokens of these streams attend, such as ('text', 'image')."""
+    held = [[name for name, kinds in MODALITIES.items() if side.is_of(*kinds).any()] for side in (queries, keys)]
+    return [(query, key) for query in held[0] for key in held[1]]

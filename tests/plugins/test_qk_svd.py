@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
-import attnscope_qk_svd as qk
 from attnscope import Run, analyse
 from attnscope.analysis import make_analyser
 from attnscope.testing import check_analyser, make_run
 from attnscope_qk_svd import QKSVD
+from attnscope_qk_svd import modes as qk
 
 HEADS, CHANNELS, FEATURES = 3, 6, 24
 
@@ -208,6 +208,9 @@ class MadeWeights:
 
     def weights(self, site: str) -> xr.Dataset:
         return self._weights[site]
+
+    def quantities(self, site: str) -> tuple[str, ...]:
+        return ()
 
 
 def made_weights(query: np.ndarray, key: np.ndarray, layers: tuple[int, ...] = (0,), **attrs: object) -> xr.Dataset:
