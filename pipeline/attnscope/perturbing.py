@@ -21,7 +21,7 @@ from attnscope.claims import POLL, Claims
 from attnscope.conditions import INTACT, RANDOM, Condition, Phrase, Ranking, distinct, distinct_rankings, phrases_of
 from attnscope.families import Inputs
 from attnscope.families.labels import LABELS, UNASKED
-from attnscope.families.losses import divergence, image_logits, word_loss
+from attnscope.families.losses import divergence, image_logits, object_head, word_loss
 from attnscope.families.scores import answer_logits
 from attnscope.hiding import hiding
 from attnscope.loading import LoadedModel
@@ -274,6 +274,11 @@ class _Forward:
     inputs: Inputs
     layouts: Layouts
     tokens: dict[str, int] = field(default_factory=dict)
+    objects: torch.Tensor | None = None
+
+    def image_logits(self, loaded: LoadedModel) -> torch.Tensor:
+        """What the model says of its image tokens, (sample, image token, class)."""
+        return self.objects if self.objects is not None else image_logits(self.outputs, loaded)
 
 
 class _Batch:
@@ -354,11 +359,10 @@ class _Batch:
 
         torch.manual_seed(self._seed)
         if some or stage.counts_tokens:
-            with hiding(stage.loaded.model, stage.run.plan, stage.places, hidden):
+            with hiding(stage.loaded.model, stage.run.plan, stage.places, hidden), object_head(stage.loaded) as told:
                 outputs = run_model(stage.loaded, inputs)
-        else:
-            outputs = run_model(stage.loaded, inputs)
-        return _Forward(outputs, inputs, layouts, tokens)
+            return _Forward(outputs, inputs, layouts, tokens, told[0] if told else None)
+        return _Forward(run_model(stage.loaded, inputs), inputs, layouts, tokens)
 
     # -- what is made of it -----------------------------------------------------------------------------------------
 
@@ -402,7 +406,7 @@ class _Batch:
 
     def _objects(self, made: _Forward, done: Applied) -> dict[str, np.ndarray]:
         loaded = self._stage.loaded
-        mine, reference = (image_logits(m.outputs, loaded) for m in (made, self._intact))
+        mine, reference = (m.image_logits(loaded) for m in (made, self._intact))
         loss, correct = np.full((2, len(self._positions)), np.nan)
         for row, place in enumerate(done.asked_place):
             if place is None or not done.applies[row]:

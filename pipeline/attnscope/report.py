@@ -215,6 +215,38 @@ class LineChart:
 
 
 @dataclass(frozen=True, eq=False)
+class Bars:
+    """One bar for each name with its interval from `low` to `high`; the numbers stand in a table that folds out."""
+
+    names: Sequence[str]
+    values: Sequence[float] | np.ndarray
+    low: Sequence[float] | np.ndarray
+    high: Sequence[float] | np.ndarray
+    value_label: str
+    caption: str = ""
+
+    def html(self) -> str:
+        rows = list(zip(self.names, *(map(float, v) for v in (self.values, self.low, self.high)), strict=True))
+        alt = f"Bars of {self.value_label}: {', '.join(self.names)}."
+        table = Table(["", self.value_label, "low", "high"], rows)
+        return _figure(_svg(self._draw, alt), self.caption, "chart scroll") + _fold("Numbers", table)
+
+    def _draw(self) -> "Figure":
+        figure, axes = _axes(7.4, 1.0 + 0.42 * len(self.names))
+        values, low, high = (np.asarray(v, float) for v in (self.values, self.low, self.high))
+        places = np.arange(len(self.names))
+        axes.barh(places, values, height=0.62, color=_COLOURS[0], alpha=0.75, linewidth=0)
+        errors = np.clip(np.stack([values - low, high - values]), 0, None)
+        axes.errorbar(values, places, xerr=errors, fmt="none", ecolor=_INK, elinewidth=1.2, capsize=3)
+        axes.set_yticks(places, list(self.names))
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.axvline(0, color=_INK, linewidth=0.8, alpha=0.5)
+        axes.set_xlabel(self.value_label)
+        return figure
+
+
+@dataclass(frozen=True, eq=False)
 class HeatMap:
     """A matrix as colours; with `centre` the colours diverge from that value, symmetrically."""
 

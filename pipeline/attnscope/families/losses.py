@@ -1,5 +1,7 @@
 """Losses: how well a model tells words and image tokens, from what it gives."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from attnscope.families.labels import UNASKED
@@ -48,6 +50,22 @@ def image_logits(outputs: object, loaded: "LoadedModel") -> "Tensor":
         if logits is not None and logits.ndim == 3:
             return logits
     raise ValueError(f"{loaded.name!r} tells no image tokens: asking for an object needs a patch or region head")
+
+
+@contextmanager
+def object_head(loaded: "LoadedModel") -> Iterator["list[Tensor]"]:
+    """Keeps what LXMERT's head for the class of its regions is given, which its forward uses in training alone."""
+    head = getattr(loaded.model, "obj_predict_head", None)
+    inner = getattr(loaded.model, "lxmert", None)
+    found: list[Tensor] = []
+    if head is None or inner is None:
+        yield found
+        return
+    handle = inner.register_forward_hook(lambda module, given, made: found.append(head(made[1])["obj"]))
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def word_loss(outputs: object, labels: "Tensor", loaded: "LoadedModel") -> "tuple[Tensor, Tensor]":

@@ -1,0 +1,292 @@
+"""How much a model uses each modality: what it loses on one when the other is taken away.
+
+1. Vision for language: the words of a phrase are masked, and the model tells them with the image intact, without the
+   object that the phrase names, and without any of the image.
+2. Language for vision: the object's image tokens are masked, and the model tells one of them with the caption intact,
+   without the phrase, and without any words.
+3. The influence of what was taken is the loss without it minus the loss with it. A cross-modal model has a positive one
+   in both directions; models trained with masked words mostly use vision for language.
+
+Frank, S., Bugliarello, E. and Elliott, D., "Vision-and-Language or Vision-for-Language? On Cross-Modal Influence in
+Multimodal Transformers", EMNLP 2021. Models that write or that compare are asked for their own target instead. Unlike
+there, an example without a region that matches is left out and counted, and the class of a region is judged against
+what the model itself says of it with nothing masked, since no detector's classes are at hand.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
+
+import numpy as np
+import xarray as xr
+
+from attnscope import ExtractSpec, Run, hookimpl
+from attnscope.conditions import Condition, phrases_of
+from attnscope.report import Bars, Citation, Element, Heading, LineChart, Note, Paragraph, Series, Table
+from attnscope.statistics import bootstrap_sums, interval_of_sums
+
+Operator: TypeAlias = Literal["mean", "zero", "noise", "other", "drop"]
+
+_EXTRACTED = 1
+_DRAWS = 1000
+_LEVELS = ("none", "part", "all")
+_PLAIN = ("effect_size", "correct", "examples", "skipped", "share")
+_DIRECTIONS = ("vision_for_language", "language_for_vision")
+_WORDS = {
+    "vision_for_language": ("the image", ("nothing", "the object", "all of the image")),
+    "language_for_vision": ("the caption", ("nothing", "the phrase", "all of the words")),
+}
+
+
+@dataclass(frozen=True)
+class ModalityAblation:
+    """Loss with the other modality intact, without the part that matters, and without all of it.
+
+    `language` is what the model is asked for while the image is ablated: the masked 'phrase' (bits), its own 'target'
+    score, or 'none' to leave the direction out; `vision` while words are: the masked 'object' (bits, of a model that
+    tells its image tokens), the 'target', or 'none'. `operators` stand in the place of image tokens, one result each;
+    `threshold` of the overlap from which an image token belongs to an object, with a sweep over `thresholds`.
+    """
+
+    name: ClassVar[str] = "modality_ablation"
+    title: ClassVar[str] = "Ablation of a modality"
+    language: Literal["phrase", "target", "none"] = "phrase"
+    vision: Literal["object", "target", "none"] = "none"
+    operators: tuple[Operator, ...] = ("mean",)
+    text_operator: Literal["mask", "drop"] = "mask"
+    threshold: float = 0.5
+    thresholds: tuple[float, ...] = ()
+    target: int | str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.operators or (self.language == "none" and self.vision == "none"):
+            raise ValueError("modality_ablation needs an operator and a direction at least")
+
+    def requires(self) -> ExtractSpec:
+        conditions = [c for direction in self._directions for o in self.operators for c in self._levels(direction, o)]
+        conditions += [c for o in self.operators for c in self._sweep(o)]
+        return ExtractSpec(frozenset({"score"}), target=self.target, conditions=tuple(dict.fromkeys(conditions)))
+
+    @property
+    def _directions(self) -> list[str]:
+        return [d for d, asked in zip(_DIRECTIONS, (self.language, self.vision), strict=True) if asked != "none"]
+
+    def _asks(self, direction: str) -> str:
+        return self.language if direction == "vision_for_language" else self.vision
+
+    def _levels(self, direction: str, operator: str) -> list[Condition]:
+        """The conditions without ablation, without the part, and without all."""
+        asked: dict[str, object] = {"ask": self._asks(direction), "operator": operator, "threshold": self.threshold}
+        if direction == "vision_for_language":
+            return [Condition(**asked, image=image) for image in ("intact", "object", "all")]  # type: ignore[arg-type]
+        asked["text_operator"] = self.text_operator
+        return [Condition(**asked, text=text) for text in ("intact", "phrase", "all")]  # type: ignore[arg-type]
+
+    def _sweep(self, operator: str) -> list[Condition]:
+        if self.language == "none":
+            return []
+        return [
+            Condition(ask=self.language, image="object", operator=operator, threshold=t)  # type: ignore[arg-type]
+            for t in self.thresholds
+        ]
+
+    def analyse(self, run: Run) -> xr.Dataset:
+        """Losses, influences and effect sizes (direction, operator, level), with intervals over samples."""
+        extracted = run.status == _EXTRACTED
+        parts = [self._direction(run, direction, extracted) for direction in self._directions]
+        along = xr.Variable("direction", np.array(self._directions, object))
+        result = xr.concat(parts, along, combine_attrs="override")
+        units = list(dict.fromkeys(part["loss"].attrs["units"] for part in parts))
+        if len(units) == 2:
+            for name in [n for n, v in result.data_vars.items() if v.attrs["units"] in units[:1] and n not in _PLAIN]:
+                result[name].attrs["units"] = " and ".join(units)
+        if len(parts) == 2:
+            result = result.assign(self._asymmetry(result, parts))
+        if self.thresholds and self.language != "none":
+            result = result.assign(self._swept(run, extracted))
+        kept = result.drop_vars([n for n in result.data_vars if str(n).endswith("_draws")])
+        return kept.assign_attrs(interval="95 % bootstrap over samples, all examples of a sample together")
+
+    def _losses(
+        self, run: Run, conditions: list[Condition], ask: str, extracted: np.ndarray
+    ) -> tuple[np.ndarray, xr.Dataset]:
+        """Losses (condition, sample, phrase) in bits, or the score's negative; NaN where an example is not whole."""
+        outputs = run.outputs_under(conditions)
+        if "phrase" not in outputs.dims:
+            outputs = outputs.expand_dims("phrase", axis=-1)
+        values = outputs["loss"] / np.log(2) if ask != "target" else -outputs["score"]
+        whole = (outputs["changed"].values >= 0).all(0) & np.isfinite(values.values).all(0) & extracted[:, None]
+        return np.where(whole, values.values, np.nan), outputs
+
+    def _direction(self, run: Run, direction: str, extracted: np.ndarray) -> xr.Dataset:
+        ask = self._asks(direction)
+        unit = "1" if ask == "target" else "bit"
+        what = "negative score" if ask == "target" else "loss"
+        loss, influence, effect, examples, skipped, correct, share = [], [], [], [], [], [], []
+        for operator in self.operators:
+            conditions = self._levels(direction, operator)
+            values, outputs = self._losses(run, conditions, ask, extracted)
+            whole = np.isfinite(values[0])
+            gained = values - values[0]
+            loss.append(self._interval(values))
+            influence.append(self._interval(gained))
+            effect.append([_effect_size(g[whole]) for g in gained])
+            examples.append(whole.sum())
+            wanted = (outputs["changed"].values[0] >= 0) | (outputs["asked"].values[0] > 0)
+            skipped.append(_examples(run, extracted, by_phrase=conditions[1].by_phrase) - whole.sum())
+            told = np.where(whole & wanted, outputs["correct"].values, np.nan)
+            correct.append([np.nanmean(t) if np.isfinite(t).any() else np.nan for t in told])
+            counts = outputs["content"].values[1][whole]
+            share.append(
+                np.mean(outputs["changed"].values[1][whole] / np.maximum(counts, 1)) if counts.size else np.nan
+            )
+        names = ("operator", "level")
+        found: dict[str, tuple[object, np.ndarray, str, str]] = {}
+        for name, intervals, words in (
+            ("loss", loss, f"{what} without so much of the other modality"),
+            ("influence", influence, f"{what} without so much of the other modality, minus that with all of it"),
+        ):
+            for suffix, at, prefix in (
+                ("", 0, ""),
+                ("_low", 1, "lower end of the interval of: "),
+                ("_high", 2, "upper end of the interval of: "),
+            ):
+                found[name + suffix] = (names, np.array([i[at] for i in intervals]), prefix + words, unit)
+        draws = np.array([i[3] for i in influence])
+        found |= {
+            "influence_draws": (("operator", "level", "draw"), draws, "influence under draws of the bootstrap", unit),
+            "effect_size": (names, np.array(effect), "mean influence over its standard deviation over examples", "1"),
+            "correct": (names, np.array(correct, float), "share of what was asked for that the model puts first", "1"),
+            "examples": ("operator", np.array(examples), "number of phrases or samples that count", "1"),
+            "skipped": ("operator", np.array(skipped), "number of phrases or samples that could not be ablated", "1"),
+            "share": ("operator", np.array(share, float), "share of the content tokens that the part is", "1"),
+        }
+        variables = {n: xr.Variable(d, v, {"long_name": w, "units": u}) for n, (d, v, w, u) in found.items()}
+        return xr.Dataset(variables, {"operator": np.array(self.operators, object), "level": np.array(_LEVELS, object)})
+
+    def _interval(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Mean over examples, ends of its interval, (level) each, and its draws (level, draw)."""
+        by_sample = np.moveaxis(values, 1, 0)
+        sums = bootstrap_sums(by_sample, np.arange(len(by_sample)), draws=_DRAWS, seed=self.seed).sum(-1)
+        mean, low, high = interval_of_sums(sums)
+        totals, counts = sums[:, 1:]
+        drawn = np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=counts > 0)
+        return mean, low, high, drawn.T
+
+    def _asymmetry(self, result: xr.Dataset, parts: list[xr.Dataset]) -> dict[str, xr.Variable]:
+        """How much more vision does for language than language for vision, all taken away, on the same draws."""
+        first, second = (part["influence_draws"].values[:, -1] for part in parts)
+        difference = result["influence"].values[0, :, -1] - result["influence"].values[1, :, -1]
+        low, high = np.nanquantile(first - second, [0.025, 0.975], axis=-1)
+        unit = parts[0]["influence"].attrs["units"] if self.language != "target" and self.vision != "target" else "1"
+        words = "influence of all of the image on language, minus that of all words on vision"
+        return {
+            name: xr.Variable("operator", values, {"long_name": prefix + words, "units": unit})
+            for name, values, prefix in (
+                ("asymmetry", difference, ""),
+                ("asymmetry_low", low, "lower end of the interval of: "),
+                ("asymmetry_high", high, "upper end of the interval of: "),
+            )
+        }
+
+    def _swept(self, run: Run, extracted: np.ndarray) -> dict[str, xr.Variable | xr.DataArray]:
+        found = []
+        for operator in self.operators:
+            conditions = [self._levels("vision_for_language", operator)[0], *self._sweep(operator)]
+            outputs = run.outputs_under(conditions)
+            values = outputs["loss"].values / np.log(2) if self.language == "phrase" else -outputs["score"].values
+            values = np.where(extracted[:, None] & (outputs["changed"].values >= 0), values, np.nan)
+            gained = values[1:] - values[0]
+            changed, content = (outputs[n].values[1:] for n in ("changed", "content"))
+            shares = np.where(np.isfinite(gained), changed / np.maximum(content, 1), np.nan)
+            found.append((*self._interval(gained)[:3], np.nanmean(shares, axis=(1, 2))))
+        unit = "bit" if self.language == "phrase" else "1"
+        words = "influence of the object, by the overlap from which an image token belongs to it"
+        names = ("swept", "swept_low", "swept_high", "swept_share")
+        said = (words, f"lower end of the interval of: {words}", f"upper end of the interval of: {words}",
+                "share of the image tokens that the object is")  # fmt: skip
+        units = (unit, unit, unit, "1")
+        result: dict[str, xr.Variable | xr.DataArray] = {
+            name: xr.Variable(("operator", "overlap"), np.array([f[at] for f in found]), {"long_name": w, "units": u})
+            for at, (name, w, u) in enumerate(zip(names, said, units, strict=True))
+        }
+        return result | {"overlap": xr.DataArray(np.array(self.thresholds), dims="overlap")}
+
+    def report(self, result: xr.Dataset) -> Iterator[Element]:
+        yield Paragraph(
+            "Does the model use both of its modalities? One is asked for while the other is taken away, in part and"
+            " wholly. What the loss gains is the influence of what was taken; 0 says that it makes no difference."
+        )
+        yield Citation(
+            "Frank, Bugliarello and Elliott, Vision-and-Language or Vision-for-Language?, EMNLP 2021.",
+            "https://arxiv.org/abs/2109.04448",
+        )
+        for direction in result["direction"].values:
+            yield from _direction_elements(result.sel(direction=direction), str(direction))
+        if "asymmetry" in result:
+            rows = [[str(o), _told(result.sel(operator=o), "asymmetry")] for o in result["operator"].values]
+            yield Heading("Asymmetry")
+            caption = "Influence of all of the image minus that of all words; the losses are of different tasks."
+            yield Table(["operator", "vision for language minus language for vision"], rows, caption)
+        if "swept" in result:
+            yield Heading("Which image tokens are the object")
+            lines = [
+                Series(str(o), *(result[f"swept{s}"].sel(operator=o).values for s in ("", "_low", "_high")))
+                for o in result["operator"].values
+            ]
+            shares = ", ".join(f"{s:.2f}" for s in result["swept_share"].values[0])
+            x_label, y_label = (
+                "overlap from which a token is the object's",
+                f"influence ({result['swept'].attrs['units']})",
+            )
+            yield LineChart(result["overlap"].values, lines, x_label, y_label, f"Shares of the image: {shares}.")
+        yield Note("Intervals: 95 % bootstrap over samples, all phrases of a sample together.")
+
+
+def _direction_elements(part: xr.Dataset, direction: str) -> Iterator[Element]:
+    taken, names = _WORDS[direction]
+    unit = part["loss"].attrs["units"]
+    yield Heading(f"{direction.replace('_', ' ')}: {taken} is taken away")
+    for operator in part["operator"].values:
+        one = part.sel(operator=operator)
+        loss, low, high = (one[f"loss{suffix}"].values for suffix in ("", "_low", "_high"))
+        caption = f"Operator {operator}; {int(one['examples'])} examples, {int(one['skipped'])} left out."
+        yield Bars(names, loss, low, high, f"loss ({unit})", caption)
+        rows = [
+            [name, _told(one.sel(level=level), "loss"), _told(one.sel(level=level), "influence"),
+             float(one["effect_size"].sel(level=level)), float(one["correct"].sel(level=level))]
+            for name, level in zip(names, one["level"].values, strict=True)
+        ]  # fmt: skip
+        yield Table(["taken away", f"loss ({unit})", f"influence ({unit})", "effect size", "told right"], rows,
+                    f"Operator {operator}: mean over examples and 95 % interval over samples.")  # fmt: skip
+    if part.sizes["operator"] > 1:
+        spread = part["influence"].sel(level="all")
+        least, most = float(spread.min()), float(spread.max())
+        yield Note(f"By operator, the influence of all goes from {least:.3f} to {most:.3f} {unit}.")
+
+
+def _effect_size(values: np.ndarray) -> float:
+    """Mean over standard deviation of paired differences; 0 where all are 0, NaN for fewer than two."""
+    if values.size < 2:
+        return np.nan
+    spread = values.std(ddof=1)
+    return float(values.mean() / spread) if spread > 0 else 0.0 if not values.any() else np.nan
+
+
+def _examples(run: Run, extracted: np.ndarray, *, by_phrase: bool) -> int:
+    """How many phrases, or samples, there are to ask about."""
+    if not by_phrase:
+        return int(extracted.sum())
+    regions = run.samples["regions"].values
+    return sum(len(phrases_of(str(regions[at]))) for at in np.flatnonzero(extracted))
+
+
+def _told(part: xr.Dataset, name: str) -> str:
+    mean, low, high = (float(part[f"{name}{suffix}"]) for suffix in ("", "_low", "_high"))
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+@hookimpl
+def attnscope_register_analysers(register: Callable[[type], None]) -> None:
+    register(ModalityAblation)
