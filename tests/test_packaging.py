@@ -31,6 +31,7 @@ CORE = (
     "stores",
     "plan",
     "attention_array",
+    "ragged",
     "arrays",
     "outputs",
     "claims",

@@ -1,7 +1,7 @@
 """The arrays of a run: which ones a plan asks for, how they are cut into chunks and shards, what they say."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import zarr
@@ -38,6 +38,8 @@ class ArrayPlan:
     row: Quantity
     shape: tuple[int, ...]
     dtype: str
+    elements: tuple[int, int] = (0, 0)
+    """Of a chunk and of a block, along the dimension `element`."""
 
     @property
     def item_bytes(self) -> int:
@@ -46,11 +48,12 @@ class ArrayPlan:
     @property
     def attrs(self) -> dict[str, object]:
         attrs: dict[str, object] = {"long_name": self.row.meaning, "units": self.row.units}
-        if self.row.group == "site" and self.row.name == "attention":
+        is_attention = self.row.group == "site" and self.row.name in ("attention", "attention_values")
+        if is_attention:
             attrs["bound"] = DENSE_BOUND[self.dtype]
         if self.dtype == "bfloat16":
             attrs["encoded"] = "bfloat16: the upper half of a float32's bits"
-        if self.row.name == "attention" and self.dtype == "uint8":
+        if is_attention and self.dtype == "uint8":
             attrs["encoded"] = "compact: places in attention_of_code"
         if "query_kind" in self.row.dims:
             attrs["kinds"] = " ".join(KINDS)
@@ -80,15 +83,22 @@ def arrays_of(plan: RunPlan, spec: ExtractSpec, samples: int) -> Iterable[ArrayP
         for stored in sorted(site.stored(spec)):
             row = SITE_QUANTITIES[stored]
             dtype = stored_dtype(row, spec, site)
-            yield planned(f"{name}/{stored}", row, plan.sizes(site), dtype)
-            if stored == "attention" and dtype == "uint8":
+            sizes = plan.sizes(site)
+            if "element" in row.dims:
+                sizes["element"] *= -(-samples // plan.unit)
+            array = planned(f"{name}/{stored}", row, sizes, dtype)
+            yield replace(array, elements=(site.chunk_elements, site.block_elements))
+            if stored in ("attention", "attention_values") and dtype == "uint8":
                 yield planned(f"{name}/attention_of_code", quantity("site", "attention_of_code"), {"code": 256})
     if "score" in spec.quantities or spec.needs_gradient:
         yield planned("outputs/score", quantity("outputs", "score"), plan.sizes())
 
 
 def create_array(root: zarr.Group, array: ArrayPlan, unit: int) -> None:
-    chunks, shards = _chunks(array.row, array.shape, unit, array.item_bytes)
+    if "element" in array.row.dims:
+        chunks, shards = _element_chunks(array)
+    else:
+        chunks, shards = _chunks(array.row, array.shape, unit, array.item_bytes)
     bits = array.dtype == "bfloat16"
     root.create_array(
         array.path,
@@ -124,6 +134,17 @@ def _chunks(
     block = [max(1, n) for n in block]
     chunk = [max(1, n) for n in chunk]
     return tuple(chunk), None if chunk == block else tuple(block)
+
+
+def _element_chunks(array: ArrayPlan) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Shard of a whole block and one layer; chunk of so many elements as planned, and heads that make about 1 MiB."""
+    _, heads, _ = array.shape
+    chunk, block = array.elements
+    together = heads
+    while together > 1 and together * chunk * array.item_bytes > _CHUNK_BYTES:
+        together = _next_divisor(heads, together)
+    sizes = (1, together, chunk)
+    return sizes, None if sizes == (1, heads, block) else (1, heads, block)
 
 
 def _next_divisor(whole: int, below: int) -> int:

@@ -40,15 +40,21 @@ def to_float32(values: np.ndarray) -> np.ndarray:
 
 
 class TileSource(Protocol):
-    """What an attention form must offer: its shape, and the float32 values of one contiguous tile."""
+    """What an attention form must offer: its shape, and the float32 values of one contiguous tile.
+
+    `without_padding`: whether padding comes as NaN already.
+    """
 
     shape: tuple[int, ...]
+    without_padding: bool
 
     def read(self, tile: Tile) -> np.ndarray: ...
 
 
 class DenseTiles:
     """Tiles of stored attention weights; `of_code` holds the weight of each code where codes are stored."""
+
+    without_padding = False
 
     def __init__(self, array: zarr.Array, of_code: zarr.Array | None = None) -> None:
         self._array = array
@@ -66,6 +72,8 @@ class FactoredTiles:
     Where a tile spans all keys, its rows are normalised by their own sum instead: the rounding of a large log-sum-exp
     (1e-7 of its size) then drops out.
     """
+
+    without_padding = False
 
     def __init__(self, arrays: "Mapping[str, zarr.Array]", recipes: "Sequence[Recipe]") -> None:
         self._arrays = arrays
@@ -170,13 +178,17 @@ class AttentionArray(BackendArray):
 
     def _outer(self, key: tuple[Index, ...]) -> np.ndarray:
         positions = [_positions(k, n) for k, n in zip(key, self.shape, strict=True)]
-        result = np.full([len(p) for p in positions], np.nan, np.float32)
+        result = np.empty([len(p) for p in positions], np.float32)
         if result.size:
             spans = [_bounding(p) for p in positions[3:]]
-            rows, columns = (p - s.start for p, s in zip(positions[3:], spans, strict=True))
-            for runs in itertools.product(*map(_contiguous, positions[:3])):
-                tile = self._read((*(array for array, _ in runs), *spans))  # type: ignore[arg-type]
-                result[tuple(at for _, at in runs)] = tile[..., rows[:, None], columns]
+            rows, columns = (_plain(p - s.start) for p, s in zip(positions[3:], spans, strict=True))
+            tiles = list(itertools.product(*map(_contiguous, positions[:3])))
+            for runs in tiles:
+                tile = self._read((*(array for array, _ in runs), *spans))[..., rows, :][..., columns]  # type: ignore[arg-type]
+                if len(tiles) == 1:
+                    result = tile
+                else:
+                    result[tuple(at for _, at in runs)] = tile
         return result[tuple(0 if isinstance(k, int | np.integer) else slice(None) for k in key)]
 
     def _read(self, tile: Tile) -> np.ndarray:
@@ -186,13 +198,20 @@ class AttentionArray(BackendArray):
             return np.full([s.stop - s.start for s in tile], np.nan, np.float32)
         values = self._source.read(tile)
         padding = KIND_CODES["padding"]
-        rows = _read(self._query_valid, (samples, layers, queries)) & done[:, None, None]
-        rows &= (_read(self._query_kind, (samples, queries)) != padding)[:, None]
-        columns = _read(self._key_kind, (samples, keys)) != padding
-        if not rows.all():
-            values[~np.broadcast_to(rows[:, :, None], values.shape[:-1])] = np.nan
-        if not columns.all():
-            values[np.broadcast_to(~columns[:, None, None, None], values.shape)] = np.nan
+        rows = _read(self._query_kind, (samples, queries)) == padding
+        columns = _read(self._key_kind, (samples, keys)) == padding
+        if self._source.without_padding:
+            hidden = done[:, None, None] & ~rows[:, None] & ~_read(self._query_valid, (samples, layers, queries))
+            columns = np.zeros_like(columns)
+        else:
+            hidden = rows[:, None] | ~_read(self._query_valid, (samples, layers, queries))
+        for sample in range(len(values)):
+            if not done[sample]:
+                values[sample] = np.nan
+            elif columns[sample].any():
+                values[sample][..., columns[sample]] = np.nan
+        for sample, layer in np.argwhere(hidden.any(axis=-1) & done[:, None]):
+            values[sample, layer][:, hidden[sample, layer]] = np.nan
         return values
 
 

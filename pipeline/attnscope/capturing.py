@@ -10,12 +10,14 @@ from attnscope.families import Fold, Inputs
 from attnscope.loading import LoadedModel
 from attnscope.plan import SitePlan
 from attnscope.planning import RecordingError, check_output, check_rows, fold_of
-from attnscope.quantities import FACTORS, GRADIENT_QUANTITIES, SITE_QUANTITIES, SUMMARIES, TENSORS, ExtractSpec
+from attnscope.quantities import FACTORS, GRADIENT_QUANTITIES, RAGGED, SITE_QUANTITIES, SUMMARIES, TENSORS, ExtractSpec
+from attnscope.ragged import without_padding
 from attnscope.recipes import RuleReader, proved_rows, recipe_of
 from attnscope.recording import AttentionCall
 from attnscope.recording.calls import unseen
 from attnscope.run import Run
 from attnscope.summaries import Kinds, Summaries, TokenKinds
+from attnscope.tokens import KIND_CODES
 from attnscope.writing import BlockBuffer, encoded, head_tiles
 
 _LOG_SUM_EXP_TOLERANCE = 1e-3
@@ -88,6 +90,7 @@ class Taker:
         self._rules = RuleReader()
         self._parts: dict[tuple[str, int], dict[str, np.ndarray]] = {}
         self._ends: dict[tuple[str, int], tuple[int, int]] = {}
+        self._laid: set[tuple[str, int]] = set()
         self.tokens: dict[str, int] = {}
 
     def __call__(self, call: AttentionCall, gradient: torch.Tensor | None = None) -> None:
@@ -125,10 +128,32 @@ class Taker:
                 arrays |= beside.arrays()
             self._put(site, layer, arrays)
         self._parts = {}
+        for stream, tokens in self._laid:
+            if tokens != self.tokens[stream]:
+                raise RecordingError(
+                    f"calls attend to {tokens} and to {self.tokens[stream]} tokens of stream {stream!r}: padding can't"
+                    " be left out; extract with form 'dense'"
+                )
 
     def _put(self, site: str, layer: int, values: Mapping[str, np.ndarray]) -> None:
-        for name in sorted(self._run.plan.sites[site].stored(self._spec) & set(values)):
+        plan = self._run.plan.sites[site]
+        if plan.form == "ragged" and "attention" in values:
+            self._put_ragged(site, layer, values["attention"])
+        for name in sorted(plan.stored(self._spec) & set(values)):
             self._buffer.put(site, name, layer, self._rows, values[name])
+
+    def _put_ragged(self, site: str, layer: int, attention: np.ndarray) -> None:
+        plan = self._run.plan.sites[site]
+        streams = zip((plan.queries, plan.keys), attention.shape[2:], strict=True)
+        queries, keys = (self._real(stream, min(size, self.tokens[stream])) for stream, size in streams)
+        pieces = (without_padding(*sample) for sample in zip(attention, queries, keys, strict=True))
+        self._buffer.put_ragged(site, layer, dict(zip(self._rows, pieces, strict=True)))
+
+    def _real(self, stream: str, tokens: int) -> np.ndarray:
+        """Which of so many tokens of a stream aren't padding: (sample, token) bool."""
+        self._laid.add((stream, tokens))
+        with unseen(), torch.no_grad():
+            return self._kinds(stream, tokens)[:, :tokens] != KIND_CODES["padding"]
 
     def _token_kinds(self, plan: SitePlan, queries: int, keys: int) -> TokenKinds | None:
         """What the first so many queries and keys of a site are in this batch; None where nothing is told by kind."""
@@ -201,6 +226,8 @@ def call_quantities(
     attention itself stands in for its summaries.
     """
     wanted = plan.stored(spec)
+    if wanted & RAGGED:
+        wanted = wanted - RAGGED | {"attention"}
     if plan.form == "factored" and "attention" in spec.quantities:
         wanted -= FACTORS
     if kinds is None and wanted & SUMMARIES:

@@ -81,10 +81,11 @@ def check_run(run: Run, listener: Listener | None = None) -> CheckReport:
     done = 0
     for path, array in arrays.items():
         look = _look(run, arrays, path, status)
-        for region in _regions(array):
-            found = list(_checked(path, array, region, look))
+        for whole in _regions(array):
+            region = look.used(whole) if isinstance(look, _RaggedLook) else whole
+            found = list(_checked(run, path, array, region, look))
             if not found and present is not None:
-                found = list(_lost(path, array, region, present, _marks(arrays, path, status)))
+                found = list(_lost(run, path, array, region, present, _marks(arrays, path, status)))
             faults += found
             done += 1
             if listener is not None:
@@ -195,7 +196,9 @@ def _sizes(run: Run, group: str) -> dict[str, int]:
     """The length of the dimensions of a stream's or site's arrays."""
     if group in run.streams:
         return {"token": run.plan.streams[group]}
-    return run.plan.sizes(run.plan.sites[group]) if group in run.sites else {}
+    if group not in run.sites:
+        return {}
+    return {name: n for name, n in run.plan.sizes(run.plan.sites[group]).items() if name != "element"}
 
 
 def _regions(array: zarr.Array) -> Iterator[Region]:
@@ -222,18 +225,18 @@ def _half_written(run: Run) -> int:
 Look = Callable[[Region, np.ndarray], Iterator[Fault]]
 
 
-def _checked(path: str, array: zarr.Array, region: Region, look: Look | None) -> Iterator[Fault]:
+def _checked(run: Run, path: str, array: zarr.Array, region: Region, look: Look | None) -> Iterator[Fault]:
     try:
         values = np.asarray(array[region])
     except Exception as error:
-        yield from _unreadable(path, array, region, error)
+        yield from _unreadable(run, path, array, region, error)
         return
     if look is not None:
         yield from look(region, values)
 
 
 def _lost(
-    path: str, array: zarr.Array, region: Region, present: frozenset[str], status: np.ndarray | None
+    run: Run, path: str, array: zarr.Array, region: Region, present: frozenset[str], status: np.ndarray | None
 ) -> Iterator[Fault]:
     """A chunk that isn't there, though its value alone, the fill value, might be right."""
     group, _, name = path.rpartition("/")
@@ -241,7 +244,7 @@ def _lost(
     place = array.metadata.encode_chunk_key(tuple(p.start // n for p, n in zip(region, written, strict=True)))
     if f"{path}/{place}" in present or name in _SPARSE or status is None:
         return
-    samples = _samples(array, region)
+    samples = _samples(run, array, region)
     if samples and name not in WHOLE_RUN:
         wanted = (EXTRACTED,) if group and name in SITE_QUANTITIES else (EXTRACTED, LEFT_OUT)
         samples = tuple(at for at in samples if status[at] in wanted)
@@ -256,21 +259,24 @@ def _marks(arrays: dict[str, zarr.Array], path: str, status: np.ndarray | None) 
     return _read_whole(arrays, own) if path.startswith("outputs/") and own in arrays else status
 
 
-def _samples(array: zarr.Array, region: Region) -> tuple[int, ...]:
+def _samples(run: Run, array: zarr.Array, region: Region) -> tuple[int, ...]:
     """The samples that a part of an array tells of; none where it isn't by sample."""
-    for name, span in zip(array.metadata.dimension_names or (), region, strict=False):  # type: ignore[union-attr]
+    for axis, (name, span) in enumerate(zip(array.metadata.dimension_names or (), region, strict=False)):  # type: ignore[union-attr]
         if name == "sample":
             return tuple(range(span.start, span.stop))
+        if name == "element":
+            first = span.start // (array.shards or array.chunks)[axis] * run.plan.unit
+            return tuple(range(first, min(first + run.plan.unit, run.sample_count)))
     return ()
 
 
-def _unreadable(path: str, array: zarr.Array, region: Region, error: Exception) -> Iterator[Fault]:
+def _unreadable(run: Run, path: str, array: zarr.Array, region: Region, error: Exception) -> Iterator[Fault]:
     """One fault for each unreadable chunk of a region; for the region where its index itself is broken."""
     broken = [(region, error)]
     if array.shards is not None:
         broken = list(_broken_chunks(array, region)) or broken
     for part, reason in broken:
-        yield Fault(path, f"can't be decoded{_where(array, part)} ({_one_line(reason)})", _samples(array, part))
+        yield Fault(path, f"can't be decoded{_where(array, part)} ({_one_line(reason)})", _samples(run, array, part))
 
 
 def _broken_chunks(array: zarr.Array, region: Region) -> Iterator[tuple[Region, Exception]]:
@@ -295,7 +301,11 @@ def _look(run: Run, arrays: dict[str, zarr.Array], path: str, status: np.ndarray
     look: Look | None = None
     if status is None:
         return None
-    if group in run.sites and (name == "query_valid" or name in SITE_QUANTITIES.keys() - RULES):
+    if name == "attention_values" and group in run.sites:
+        look = _RaggedLook(run, arrays, group, status)
+    elif name == "attention_offset" and group in run.sites:
+        look = _RaggedLook(run, arrays, group, status).offsets
+    elif group in run.sites and (name == "query_valid" or name in SITE_QUANTITIES.keys() - RULES):
         look = _SiteLook(run, arrays, group, name, status)
     elif group in run.streams and name == "kind":
         look = partial(_without_tokens, path, status)
@@ -366,6 +376,57 @@ class _SiteLook:
             if touched:
                 layer = self._layers[region[1].start + position]
                 yield Fault(self._path, f"{problem} in layer {layer}, though marked as extracted", touched)
+
+
+class _RaggedLook(_SiteLook):
+    """The same of samples that are stored end to end; and each begins where the one before it ends."""
+
+    def __init__(self, run: Run, arrays: dict[str, zarr.Array], site: str, status: np.ndarray) -> None:
+        super().__init__(run, arrays, site, "attention", status)
+        self._path = f"{site}/attention_values"
+        self._unit, self._room = run.plan.unit, run.plan.sites[site].block_elements
+        self._offsets = _read_whole(arrays, f"{site}/attention_offset")
+
+    def __call__(self, region: Region, values: np.ndarray) -> Iterator[Fault]:
+        for sample, begin, real in self._placed(region[2].start):
+            rows, columns = map(np.flatnonzero, real)
+            end = begin + len(rows) * len(columns)
+            if not 0 <= begin <= end <= values.shape[2]:
+                continue
+            padded = np.full((1, 1, values.shape[1], len(real[0]), len(real[1])), np.nan, np.float32)
+            stored = _floats(values[0, :, begin:end]).reshape(-1, len(rows), len(columns))
+            padded[0, 0][:, rows[:, None], columns] = stored
+            yield from super().__call__((slice(sample, sample + 1), region[0]), padded)
+
+    def used(self, region: Region) -> Region:
+        """The part of a block's region that its samples take."""
+        ends = [begin + int(real[0].sum() * real[1].sum()) for _, begin, real in self._placed(region[2].start)]
+        length = min(max([0, *ends]), region[2].stop - region[2].start)
+        return (*region[:2], slice(region[2].start, region[2].start + length))
+
+    def offsets(self, region: Region, _: np.ndarray) -> Iterator[Fault]:
+        """What is wrong with where samples begin: behind one another, in the region of their block."""
+        start = region[0].start // self._unit * self._room
+        free = 0
+        touched = []
+        for sample, begin, real in self._placed(start):
+            end = begin + int(real[0].sum() * real[1].sum())
+            if free <= begin and end <= self._room:
+                free = end
+            else:
+                touched.append(sample)
+        if touched:
+            yield Fault(self._path.replace("_values", "_offset"), "does not say where samples begin", tuple(touched))
+
+    def _placed(self, start: int) -> Iterator[tuple[int, int, list[np.ndarray]]]:
+        """The extracted samples of the block whose elements begin there: where each begins in it, and its tokens."""
+        if self._query_kind is None or self._key_kind is None or self._offsets is None:
+            return
+        first = start // self._room * self._unit
+        for sample in range(first, min(first + self._unit, len(self._status))):
+            if self._status[sample] == EXTRACTED:
+                real = [kind[sample] != KIND_CODES["padding"] for kind in (self._query_kind, self._key_kind)]
+                yield sample, int(self._offsets[sample]) - start, real
 
 
 def _floats(values: np.ndarray) -> np.ndarray:

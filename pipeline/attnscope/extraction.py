@@ -587,8 +587,7 @@ def _claimed(run: Run, missing: list[range], claims: Claims, check: Callable[[],
         theirs = []
         for block in missing:
             check()
-            # Of a block that was not full when its run grew, the missing part alone is given.
-            name = str(block.start // run.plan.unit * run.plan.unit)
+            name = _claim_name(run, block)
             if not run.is_missing(block):
                 continue
             if not claims.take(name):
@@ -602,6 +601,11 @@ def _claimed(run: Run, missing: list[range], claims: Claims, check: Callable[[],
         if len(theirs) == len(missing):
             time.sleep(POLL)
         missing = theirs
+
+
+def _claim_name(run: Run, block: range) -> str:
+    """What a block is claimed as: all of it, where the missing part of one that has grown is given alone."""
+    return str(block.start // run.plan.unit * run.plan.unit)
 
 
 def _extract_block(job: _Job, block: range) -> None:
@@ -637,7 +641,7 @@ def _extract_block(job: _Job, block: range) -> None:
     def finish() -> None:
         regions.write()
         _write_rest(job, block, tokens, scores, pictures, problems)
-        job.claims.release(str(block.start))
+        job.claims.release(_claim_name(job.run, block))
         job.done.append(done)
 
     jobs.close(finish)

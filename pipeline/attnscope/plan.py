@@ -1,18 +1,20 @@
 """The plan of a run: its streams, sites and sizes, and how many samples make a block."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from attnscope.quantities import FACTORS, RANKS, RULES, SITE_QUANTITIES, TENSORS, ExtractSpec, Quantity
+from attnscope.quantities import FACTORS, RAGGED, RANKS, RULES, SITE_QUANTITIES, TENSORS, ExtractSpec, Quantity
 from attnscope.tokens import KINDS
 
 THUMBNAIL_PIXELS = 224
 _UNIT_BYTES = 2**27
 _UNIT_LIMIT = 64
+_STORED_OF_FORM = {"dense": frozenset[str](), "factored": FACTORS | RULES, "ragged": RAGGED}
 _DENSE_DTYPE = {"float16": "float16", "exact": "float32", "compact": "uint8"}
 
 
@@ -36,8 +38,10 @@ class SitePlan:
     """One kind of attention between streams over layers: its streams, layers and sizes.
 
     `call_numbers` tell calls of one module apart; -1 stands for all of them, whose tokens are put together. `dtype` is
-    the model's, in which query and key are stored; `recipes` (one a layer) stand where the form is 'factored'. `turns`
-    are the places of the layers in the order in which the model ran the attention of all sites.
+    the model's, in which query and key are stored; `recipes` (one a layer) stand where the form is 'factored'. Where it
+    is 'ragged', a sample has `elements` weights in a head on average, and room for `block_elements` of them is kept for
+    each block, in chunks of `chunk_elements`. `turns` are the places of the layers in the order in which the model ran
+    the attention of all sites.
     """
 
     queries: str
@@ -57,6 +61,9 @@ class SitePlan:
     dtype: str = "float32"
     recipes: tuple[Recipe, ...] = ()
     turns: tuple[int, ...] = ()
+    elements: int = 0
+    block_elements: int = 0
+    chunk_elements: int = 0
 
     @property
     def factored_bytes(self) -> int:
@@ -66,10 +73,11 @@ class SitePlan:
         return len(self.layers) * (item * self.channels * (rows + self.kv_heads * self.key_tokens) + 4 * rows)
 
     def stored(self, spec: ExtractSpec) -> frozenset[str]:
-        """Names of the site quantities that are stored for a spec: factored attention is its factors and rules."""
+        """Names of the site quantities that are stored for a spec: of attention, what its form makes of it."""
         names = spec.recorded & set(SITE_QUANTITIES)
-        if "attention" in names and self.form == "factored":
-            names = names - {"attention"} | FACTORS | RULES
+        if "attention" in names:
+            names |= _STORED_OF_FORM[self.form]
+            names -= set() if self.form == "dense" else {"attention"}
         return names | {"query_valid"}
 
 
@@ -92,13 +100,15 @@ class RunPlan:
             sizes |= {"layer": len(site.layers), "head": site.heads, "kv_head": site.kv_heads}
             sizes |= {"query_token": site.query_tokens, "key_token": site.key_tokens}
             sizes |= {"channel": site.channels, "value_channel": site.value_channels}
+            sizes |= {"element": site.block_elements}
             sizes |= {"rank": min(RANKS, site.key_tokens), "query_kind": len(KINDS), "key_kind": len(KINDS)}
         return sizes
 
     def sample_bytes(self, spec: ExtractSpec) -> int:
         """Bytes that one sample takes before compression, all site quantities of the spec together."""
         return sum(
-            _item_bytes(SITE_QUANTITIES[name], spec, site) * _count(SITE_QUANTITIES[name], self.sizes(site))
+            _item_bytes(SITE_QUANTITIES[name], spec, site)
+            * _count(SITE_QUANTITIES[name], self.sizes(site) | {"element": site.elements})
             for site in self.sites.values()
             for name in site.stored(spec) - RULES
         )
@@ -115,10 +125,10 @@ def unit_for(bytes_per_sample: int, samples: int | None, batch_size: int = 1) ->
 
 
 def stored_dtype(row: Quantity, spec: ExtractSpec, site: SitePlan) -> str:
-    if row.name == "attention":
+    if row.name in ("attention", "attention_values"):
         return _DENSE_DTYPE[spec.encoding]
     if row.name == "top_value":
-        return "float16" if spec.encoding == "float16" and site.form == "dense" else "float32"
+        return "float16" if spec.encoding == "float16" and site.form != "factored" else "float32"
     return site.dtype if row.name in TENSORS else row.dtype
 
 
@@ -128,7 +138,7 @@ def _item_bytes(row: Quantity, spec: ExtractSpec, site: SitePlan) -> int:
 
 
 def _count(row: Quantity, sizes: Mapping[str, int]) -> int:
-    return int(np.prod([sizes[d] for d in row.dims if d != "sample"]))
+    return math.prod(sizes[d] for d in row.dims if d != "sample")
 
 
 def plan_to_attrs(plan: RunPlan) -> dict[str, object]:

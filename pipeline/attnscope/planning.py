@@ -1,5 +1,6 @@
 """Before the first block: what the samples are like, what the model's attention is like, and how large a run gets."""
 
+import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,8 +11,9 @@ import torch
 
 from attnscope.families import Fold, Inputs, Placement
 from attnscope.loading import LoadedModel, ModelError
-from attnscope.plan import Recipe, RunPlan, SitePlan, unit_for
-from attnscope.quantities import ExtractSpec
+from attnscope.plan import Recipe, RunPlan, SitePlan, stored_dtype, unit_for
+from attnscope.quantities import SITE_QUANTITIES, ExtractSpec
+from attnscope.ragged import chunk_for, end_to_end_sizes
 from attnscope.recipes import DTYPES, recipe_of
 from attnscope.recording import AttentionCall, recording
 from attnscope.samples import Sample, SampleError
@@ -20,6 +22,7 @@ from attnscope.writing import encoded_attention
 
 _ROW_SUM_TOLERANCE = 2e-3
 _FACTORED_FROM = 512
+_RAGGED_BELOW = 0.5
 # Largest difference between attention times value and what the kernel returned, in units of the largest value.
 _OUTPUT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
@@ -30,12 +33,16 @@ class RecordingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Prepared:
-    """The samples of a run, the tokens of each, the most of each stream, and what is wrong with those left out."""
+    """The samples of a run, the tokens of each, the most of each stream, and what is wrong with those left out.
+
+    `tokens`: of each stream that differs between samples, how many each has; 0 where that isn't known.
+    """
 
     samples: Sequence[Sample]
     lengths: np.ndarray
     problems: dict[int, str]
     longest: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def prepare(
     """
     lengths = np.zeros(len(samples), np.int64)
     problems = {i: s.problem for i, s in enumerate(samples) if s.problem}
-    longest: dict[str, int] = {}
+    tokens: dict[str, np.ndarray] = {}
     for i in range(len(samples)) if which is None else which:
         if i in problems:
             continue
@@ -94,8 +101,10 @@ def prepare(
             problems[i] = str(error)
             continue
         lengths[i] = sum(measured.values())
-        longest |= {stream: max(tokens, longest.get(stream, 0)) for stream, tokens in measured.items()}
-    return Prepared(samples, lengths, problems, longest)
+        for stream, count in measured.items():
+            tokens.setdefault(stream, np.zeros(len(samples), np.int64))[i] = count
+    longest = {stream: int(counts.max()) for stream, counts in tokens.items()}
+    return Prepared(samples, lengths, problems, longest, tokens)
 
 
 def _check_room(measured: Mapping[str, int], room: Mapping[str, int]) -> None:
@@ -257,29 +266,36 @@ def plan_run(
         raise ModelError(f"the model has none of the wanted sites and layers; its sites are {had}")
     sizes: dict[str, tuple[int, bool]] = {}
     sites: dict[str, SitePlan] = {}
+    calls_of: dict[str, Sequence[ProbedCall]] = {}
     for group in _grouped(wanted):
         first = group[0]
         # Windows and tiles of a model that nobody knows lie in an order that nobody knows.
         packed = first.folded and not first.has_fold and first.placement.guessed
         queries = _stream(sizes, first.placement.queries, (first.queries, packed))
         keys = _stream(sizes, first.placement.keys, (first.keys, packed))
-        sites[_free_name(sites, first.placement.site)] = _site_plan(group, queries, keys, spec)
+        name = _free_name(sites, first.placement.site)
+        sites[name], calls_of[name] = _site_plan(group, queries, keys), group
     streams = {name: tokens for name, (tokens, _) in sizes.items()}
     # The probe saw the longest sample, but the longest text and the largest image may be two samples'.
     streams |= {name: max(most, streams[name]) for name, most in prepared.longest.items() if name in streams}
     sites = {
-        name: replace(site, query_tokens=streams[site.queries], key_tokens=streams[site.keys])
+        name: _formed(
+            replace(site, query_tokens=streams[site.queries], key_tokens=streams[site.keys]),
+            calls_of[name],
+            prepared,
+            spec,
+        )
         for name, site in sites.items()
     }
     plan = RunPlan(streams=streams, sites=sites, unit=1, thumbnails=thumbnails)
     unit = unit_for(plan.sample_bytes(spec), None if grows else len(prepared.samples), batch_size or 1)
-    return replace(plan, unit=unit)
+    return replace(plan, unit=unit, sites={name: end_to_end_sizes(site, unit) for name, site in sites.items()})
 
 
-def _site_plan(group: Sequence[ProbedCall], queries: str, keys: str, spec: ExtractSpec) -> SitePlan:
+def _site_plan(group: Sequence[ProbedCall], queries: str, keys: str) -> SitePlan:
     first = group[0]
     recipes = tuple(c.recipe for c in group if c.recipe is not None and not c.folded)
-    plan = SitePlan(
+    return SitePlan(
         queries=queries,
         keys=keys,
         layers=tuple(c.placement.layer for c in group),
@@ -297,7 +313,24 @@ def _site_plan(group: Sequence[ProbedCall], queries: str, keys: str, spec: Extra
         recipes=recipes if len(recipes) == len(group) else (),
         turns=tuple(c.turn for c in group),
     )
-    return replace(plan, form=_form(plan, sum(c.compressed_bytes for c in group), spec))
+
+
+def _formed(plan: SitePlan, calls: Sequence[ProbedCall], prepared: Prepared, spec: ExtractSpec) -> SitePlan:
+    """The site with the form that takes least: without padding, or factored, or as it is; or what was asked for.
+
+    Padding is left out where it is more than half; it costs little on the disk, but time.
+    """
+    dense_bytes = sum(c.compressed_bytes for c in calls)
+    elements = _elements(plan, calls[0], prepared)
+    share = float(elements.mean()) / max(1, calls[0].queries * calls[0].keys) if len(elements) else 1.0
+    form = _form(plan, dense_bytes, spec)
+    smaller = form == "dense" or (form == "factored" and dense_bytes * share < plan.factored_bytes)
+    if spec.form == "auto" and share < _RAGGED_BELOW and smaller:
+        form = "ragged"
+    if form != "ragged":
+        return replace(plan, form=form)
+    chunk = chunk_for(elements, stored_dtype(SITE_QUANTITIES["attention_values"], spec, plan))
+    return replace(plan, form=form, elements=math.ceil(elements.mean()), chunk_elements=chunk)
 
 
 def _form(plan: SitePlan, dense_bytes: int, spec: ExtractSpec) -> str:
@@ -313,14 +346,32 @@ def _form(plan: SitePlan, dense_bytes: int, spec: ExtractSpec) -> str:
     return "factored" if plan.recipes and worth_it else "dense"
 
 
+def _elements(site: SitePlan, probed: ProbedCall, prepared: Prepared) -> np.ndarray:
+    """How many weights each sample has in a head, padding left out: (sample,); all, where that wasn't measured."""
+    counts = []
+    for stream, most in ((site.queries, probed.queries), (site.keys, probed.keys)):
+        measured = prepared.tokens.get(stream)
+        # What doesn't agree with the longest sample's forward doesn't tell the others' tokens either.
+        if measured is None or measured.max() != most:
+            measured = np.full(len(prepared.samples), most)
+        counts.append(measured)
+    return counts[0] * counts[1]
+
+
 def forecast_bytes(calls: Sequence[ProbedCall], plan: RunPlan, spec: ExtractSpec, samples: int) -> int:
     """Bytes that the run will take on disk, from how well the probed sample's attention compressed."""
     raw = plan.sample_bytes(spec)
     if "attention" in spec.quantities and spec.encoding == "float16":
-        dense = [s for s in plan.sites.values() if s.form == "dense"]
-        recorded = {(m, n) for s in dense for m, n in zip(s.modules, s.call_numbers, strict=True)}
-        raw -= sum(2 * c.heads * c.queries * c.keys for c in calls if (c.module, c.number) in recorded)
-        raw += sum(c.compressed_bytes for c in calls if (c.module, c.number) in recorded)
+        shares = {
+            call: s.elements / (s.query_tokens * s.key_tokens) if s.form == "ragged" else 1
+            for s in plan.sites.values()
+            for call in zip(s.modules, s.call_numbers, strict=True)
+            if s.form != "factored"
+        }
+        saved = (
+            shares.get((c.module, c.number), 0) * (2 * c.heads * c.queries * c.keys - c.compressed_bytes) for c in calls
+        )
+        raw -= int(sum(saved))
     return max(raw, 0) * samples
 
 

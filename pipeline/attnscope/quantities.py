@@ -50,6 +50,10 @@ QUANTITIES = (
     Quantity("region_share", "stream", ("sample", "region", "token"), "float32", "1",
              "the share of a token that lies in a region of its sample; NaN where that isn't known", _NAN),
     Quantity("attention", "site", _SITE, "float16", "1", "attention weights after softmax", _NAN),
+    Quantity("attention_values", "site", ("layer", "head", "element"), "float16", "1",
+             "attention weights of ragged samples, without their padding, end to end", _NAN),
+    Quantity("attention_offset", "site", ("sample",), "int64", "",
+             "the element of attention_values that a sample's weights begin at; -1 for none", -1),
     Quantity("attention_mean", "site", ("sample", "layer", "query_token", "key_token"), "float32", "1",
              "mean of the attention weights over heads", _NAN),
     Quantity("attention_grad", "site", _SITE, "float32", "1",
@@ -103,7 +107,7 @@ QUANTITIES = (
              "bias of the key projection; 0 where there is none", _NAN),
 )  # fmt: skip
 
-SITE_QUANTITIES = {q.name: q for q in QUANTITIES if q.group == "site" and q.dims[0] == "sample"}
+SITE_QUANTITIES = {q.name: q for q in QUANTITIES if q.group == "site" and {"sample", "element"} & set(q.dims)}
 GRADIENT_QUANTITIES = frozenset({"attention_grad", "attention_relevance", "attention_gradcam", "attention_gradient"})
 DERIVED_FROM = {"attention_mean": "attention", "attention_relevance": "attention_grad"}
 """Reductions, and the full array that makes each of them needless to store (with `attention` for the second)."""
@@ -113,14 +117,17 @@ TENSORS = ("query", "key", "value")
 """What the kernel received, stored in the model's own precision."""
 FACTORS = frozenset({"query", "key", "log_sum_exp"})
 """What attention is computed again from where it is stored in factored form."""
+RAGGED = frozenset({"attention_values", "attention_offset"})
+"""What attention is laid out again from where samples are stored end to end."""
 SUMMARIES = frozenset({"entropy", "top_key", "top_value", "kind_mass", "kind_mass_max", "kind_max"})
 """What answers questions over many samples without reading the attention; of the weights as they are stored."""
 RANKS = 8
 """How many keys `top_key` and `top_value` have for each query, at most."""
-EXTRACTABLE = frozenset(SITE_QUANTITIES) - RULES | {"weights", "score"}
+EXTRACTABLE = frozenset(SITE_QUANTITIES) - RULES - RAGGED | {"weights", "score"}
 ENCODINGS = ("float16", "exact", "compact")
 """How dense attention is stored: half precision, float32, or codes of its square root in 256 steps."""
-FORMS = ("auto", "dense", "factored")
+FORMS = ("auto", "dense", "factored", "ragged")
+"""How attention is stored: itself, as query and key, or itself without padding; 'auto' is what takes least."""
 
 
 def quantity(group: Group, name: str) -> Quantity:

@@ -67,15 +67,18 @@ def forget(run: Run, block: range) -> None:
     """Make a block missing: its mark goes first, then whatever is stored of it."""
     arrays = run.arrays_of_blocks()
     for path, array in sorted(arrays.items(), key=lambda item: item[0] != "samples/status"):
-        for key in _keys_of_block(path, array, block):
+        for key in _keys_of_block(run, path, array, block):
             delete(run.store, key)
 
 
-def _keys_of_block(path: str, array: zarr.Array, block: range) -> Iterable[str]:
+def _keys_of_block(run: Run, path: str, array: zarr.Array, block: range) -> Iterable[str]:
     written = array.shards or array.chunks
     counts = [range(-(-length // size)) for length, size in zip(array.shape, written, strict=True)]
-    axis = (array.metadata.dimension_names or ()).index("sample")  # type: ignore[union-attr]
-    counts[axis] = range(block.start // written[axis], block.start // written[axis] + 1)
+    for axis, name in enumerate(array.metadata.dimension_names or ()):  # type: ignore[union-attr]
+        # Of elements, each block has one shard.
+        if name in ("sample", "element"):
+            place = block.start // (written[axis] if name == "sample" else run.plan.unit)
+            counts[axis] = range(place, place + 1)
     return (f"{path}/{array.metadata.encode_chunk_key(place)}" for place in itertools.product(*counts))
 
 

@@ -50,18 +50,18 @@ from attnscope.outputs import complete_sets, read_outputs
 from attnscope.plan import _DENSE_DTYPE, RunPlan, SitePlan, plan_from_attrs, plan_to_attrs, unit_for
 from attnscope.quantities import (
     DERIVED_FROM,
-    FACTORS,
-    RULES,
+    RAGGED,
     SCHEMA_VERSION,
     SITE_QUANTITIES,
     ExtractSpec,
     quantity,
 )
 from attnscope.questions import strong_edges, strong_heads
+from attnscope.ragged import RaggedTiles
 from attnscope.samples import Sample
 from attnscope.selection import Choice, select
 from attnscope.stores import StoreError, delete, keys, open_group, open_store, read
-from attnscope.tokens import KINDS, TokenLayout
+from attnscope.tokens import KIND_CODES, KINDS, TokenLayout
 from attnscope.whole_shards import write_shard
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class Run:
         before = self.sample_count
         count = before + len(samples)
         for planned in arrays_of(self.plan, self.spec, count):
-            if "sample" in planned.row.dims and planned.path != "samples/status":
+            if {"sample", "element"} & set(planned.row.dims) and planned.path != "samples/status":
                 self._array(planned.path).resize(planned.shape)
         self.describe(samples, before)
         self._array("samples/status").resize((count,))
@@ -180,6 +180,21 @@ class Run:
         array = self._array(f"{site}/{name}")
         if not write_shard(array, (block.start, layer, *(0 for _ in values.shape[1:])), values):
             array[block.start : block.stop, layer] = values
+
+    def write_ragged(self, site: str, block: range, layer: int, values: np.ndarray, begins: np.ndarray) -> None:
+        """Write the attention of one layer of a whole block without padding: (head, element).
+
+        `begins` says where in there each sample begins, -1 for one that has none. Of a block that the run has grown
+        into, the new samples come behind the others.
+        """
+        start = self._free_element(site, block)
+        array, chunk = self._array(f"{site}/attention_values"), self.plan.sites[site].chunk_elements
+        whole_chunks = np.pad(values, ((0, 0), (0, -values.shape[1] % chunk)), constant_values=array.fill_value)
+        if not write_shard(array, (layer, 0, start), whole_chunks):
+            array[layer, :, start : start + values.shape[1]] = values
+        if layer == 0:
+            offsets = np.where(begins < 0, -1, begins + start)
+            self._array(f"{site}/attention_offset")[block.start : block.stop] = offsets
 
     def write_layers(self, site: str, name: str, block: range, values: np.ndarray) -> None:
         """Write one quantity of all layers for a whole block; values are (sample, layer, ...)."""
@@ -229,7 +244,7 @@ class Run:
 
     def arrays_of_blocks(self) -> dict[str, zarr.Array]:
         """Every array that is written block by block, by path."""
-        planned = [a for a in self._planned() if "sample" in a.row.dims]
+        planned = [a for a in self._planned() if {"sample", "element"} & set(a.row.dims)]
         return {a.path: self._array(a.path) for a in planned if a.row.group != "samples" or a.row.name not in WHOLE_RUN}
 
     def restore(self, path: str) -> bool:
@@ -424,7 +439,7 @@ class Run:
         self._site(site)
         wanted = self.spec.recorded
         derived = {small for small, full in DERIVED_FROM.items() if {full, "attention"} <= wanted}
-        held = wanted | derived | self.plan.sites[site].stored(self.spec)
+        held = wanted | derived | self.plan.sites[site].stored(self.spec) - RAGGED
         return tuple(name for name in SITE_QUANTITIES if name in held)
 
     def select(
@@ -554,6 +569,21 @@ class Run:
                 continue
         raise BrokenRun(f"{self.location} has lost the number of its samples; restore it from a copy")
 
+    def _free_element(self, site: str, block: range) -> int:
+        """Where the elements of a block can be written: behind those of the samples before it in its shard."""
+        plan = self.plan.sites[site]
+        first = block.start // self.plan.unit * self.plan.unit
+        free = first // self.plan.unit * plan.block_elements
+        if block.start == first:
+            return free
+        before = slice(first, block.start)
+        begins = np.asarray(self._array(f"{site}/attention_offset")[before])
+        kinds = (np.asarray(self._array(f"{stream}/kind")[before]) for stream in (plan.queries, plan.keys))
+        queries, keys = ((kind != KIND_CODES["padding"]).sum(axis=1) for kind in kinds)
+        there = (begins >= 0) & (self.status[before] == EXTRACTED)
+        ends = (begins + queries * keys)[there]
+        return int(ends.max(initial=free))
+
     def _site(self, site: str) -> SitePlan:
         if site not in self.plan.sites:
             raise MissingQuantity(f"{self.location} has no site {site!r}; it has {', '.join(self.sites)}")
@@ -568,14 +598,21 @@ class Run:
 
     def _tiles(self, site: str) -> TileSource:
         plan = self.plan.sites[site]
-        needed = FACTORS | RULES if plan.form == "factored" else {"attention"}
+        needed = plan.stored(ExtractSpec())
         if any(f"{site}/{name}" not in self._group for name in needed):
             raise MissingQuantity(f"{self.location} does not hold the attention of site {site!r}")
+        arrays = {name: self._array(f"{site}/{name}") for name in needed}
+        if plan.form == "factored":
+            return FactoredTiles(arrays, plan.recipes)
+        codes = self.spec.encoding == "compact"
+        table = self._array(f"{site}/attention_of_code") if codes else None
         if plan.form == "dense":
-            codes = self.spec.encoding == "compact"
-            table = self._array(f"{site}/attention_of_code") if codes else None
-            return DenseTiles(self._array(f"{site}/attention"), table)
-        return FactoredTiles({name: self._array(f"{site}/{name}") for name in needed}, plan.recipes)
+            return DenseTiles(arrays["attention"], table)
+        arrays |= {
+            f"{side}_kind": self._array(f"{s}/kind") for side, s in (("query", plan.queries), ("key", plan.keys))
+        }
+        shape = (len(self.sample_ids), len(plan.layers), plan.heads, plan.query_tokens, plan.key_tokens)
+        return RaggedTiles(arrays, shape, table)
 
     def _bound(self, plan: SitePlan) -> str:
         """Largest difference from the softmax of the model's own query and key."""

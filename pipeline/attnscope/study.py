@@ -61,7 +61,7 @@ class ExtractOptions(BaseModel):
         description="How attention is stored: float16 (bound 2.5e-4), exact (float32), or compact (one byte, bound"
         " 3.92e-3).",
     )
-    form: Literal["auto", "dense", "factored"] | None = Field(
+    form: Literal["auto", "dense", "factored", "ragged"] | None = Field(
         default=None,
         description="Whether attention is stored as such, or as query and key from which it is computed again.",
     )

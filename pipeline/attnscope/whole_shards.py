@@ -6,6 +6,7 @@ layer, so that no chunk has to be read, merged or looked up. The objects are tho
 `sharding_indexed` and of the codecs describes, and zarr reads them as it reads its own.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 
@@ -17,6 +18,7 @@ from numcodecs import Blosc, Zstd
 from attnscope.stores import write
 
 _SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
+_NO_CHUNK = 2**64 - 1
 _Encoder = Callable[[np.ndarray], bytes]
 _Codec = Mapping[str, object]
 
@@ -24,27 +26,30 @@ _Codec = Mapping[str, object]
 def write_shard(array: zarr.Array, first: Sequence[int], values: np.ndarray) -> bool:
     """Write the values of one whole shard that begins at the element `first`; False for what zarr has to write.
 
-    That are shards that reach over the end of the array, values of another type, and codecs not known here.
+    That are shards that reach over the end of the array, values of another type, and codecs not known here. Along the
+    last dimension, values may be those of the first chunks alone: the others are then missing.
     """
     shape = array.shards or array.chunks
     encoding = _encoding(array)
     ends = zip(first, shape, array.shape, strict=True)
     if encoding is None or values.dtype != array.dtype or any(f % s or f + s > n for f, s, n in ends):
         return False
-    if values.size != np.prod(shape):
-        return False
     encode, chunk = encoding
-    values = values.reshape(shape)
-    content = _sharded(values, chunk, encode) if array.shards else encode(values)
+    rows = math.prod(shape[:-1])
+    length = values.size // rows
+    if values.size % rows or length % chunk[-1] or not 0 < length <= shape[-1]:
+        return False
+    values = values.reshape(*shape[:-1], length)
+    content = _sharded(values, shape, chunk, encode) if array.shards else encode(values)
     key = array.metadata.encode_chunk_key(tuple(f // s for f, s in zip(first, shape, strict=True)))
     write(array.store, f"{array.path}/{key}", content)
     return True
 
 
-def _sharded(values: np.ndarray, chunk: Sequence[int], encode: _Encoder) -> bytes:
+def _sharded(values: np.ndarray, shape: Sequence[int], chunk: Sequence[int], encode: _Encoder) -> bytes:
     """Chunks one behind the other, then the offset and length of each, then the checksum of these."""
+    index = np.full((*(n // c for n, c in zip(shape, chunk, strict=True)), 2), _NO_CHUNK, "<u8")
     grid = tuple(n // c for n, c in zip(values.shape, chunk, strict=True))
-    index = np.empty((*grid, 2), "<u8")
     parts = []
     offset = 0
     for place in product(*(range(n) for n in grid)):

@@ -1,7 +1,7 @@
 """From recorded calls to stored blocks: encode, gather a block, write it while the model goes on."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from attnscope.attention_array import ATTENTION_OF_CODE
 from attnscope.plan import SitePlan
 from attnscope.quantities import SITE_QUANTITIES, SUMMARIES
+from attnscope.ragged import end_to_end
 from attnscope.recording import AttentionCall
 from attnscope.run import Run
 from attnscope.stores import full_disk_told
@@ -148,6 +149,7 @@ class BlockBuffer:
         self._wanted = len(rows)
         self._writer = writer
         self._open: dict[tuple[str, str, int], tuple[np.ndarray, int]] = {}
+        self._pieces: dict[tuple[str, int], dict[int, np.ndarray]] = {}
         self.bytes = 0
 
     def put(self, site: str, name: str, layer: int, rows: Sequence[int], values: np.ndarray) -> None:
@@ -172,9 +174,21 @@ class BlockBuffer:
         else:
             self._writer.put(lambda: self._run.write_layer(site, name, self._block, layer, array))
 
+    def put_ragged(self, site: str, layer: int, pieces: Mapping[int, np.ndarray]) -> None:
+        """Add attention weights without padding at a layer position: (head, element) by row of the block."""
+        found = self._pieces.setdefault((site, layer), {})
+        found |= pieces
+        if len(found) < self._wanted:
+            return
+        del self._pieces[site, layer]
+        values, begins = end_to_end([found.get(row) for row in range(len(self._block))])
+        self.bytes += values.nbytes
+        self._writer.put(lambda: self._run.write_ragged(site, self._block, layer, values, begins))
+
     def unfinished(self) -> list[str]:
         """What did not come for every row: names of quantity and layer."""
-        return [f"{site}/{name} at layer position {layer}" for site, name, layer in self._open]
+        open_ = [*self._open, *((site, "attention", layer) for site, layer in self._pieces)]
+        return [f"{site}/{name} at layer position {layer}" for site, name, layer in open_]
 
     def _is_whole(self, site: SitePlan, name: str, rows: Sequence[int], values: np.ndarray) -> bool:
         """Whether one batch brings a whole block, in its order, so that nothing has to be gathered."""

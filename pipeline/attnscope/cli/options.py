@@ -34,7 +34,9 @@ def extract_options(command: Command) -> Command:
         ),
         click.option("--encoding", type=click.Choice(["float16", "exact", "compact"]), help="How attention is stored."),
         click.option(
-            "--form", type=click.Choice(["auto", "dense", "factored"]), help="Attention itself, or query and key."
+            "--form",
+            type=click.Choice(["auto", "dense", "factored", "ragged"]),
+            help="Attention itself, query and key, or attention without padding; auto takes what is smallest.",
         ),
         click.option(
             "--summaries/--no-summaries",
