@@ -16,7 +16,7 @@ ImagePart = Literal["intact", "all", "object", "ranked"]
 TextPart = Literal["intact", "all", "phrase", "ranked", "negative"]
 Operator = Literal["mean", "zero", "noise", "other", "drop"]
 TextOperator = Literal["mask", "drop"]
-Asked = Literal["target", "phrase", "object"]
+Asked = Literal["target", "phrase", "object", "embedding"]
 RANDOM = "random"
 
 
@@ -80,7 +80,8 @@ class Condition:
         'target': the run's target score. 'phrase': the phrase is masked under the condition as well, and the loss is
         the cross entropy of its words (of a model that writes from left to right: of the words as they stand).
         'object': the object's image tokens are masked as well, and the loss is the divergence of what the model says
-        of one of them from what it says when nothing is masked.
+        of one of them from what it says when nothing is masked. 'embedding': the vectors of image and text of a dual
+        encoder are stored as well.
     seed
         Of noise, of the choice of another sample, and of ties in a ranking.
     """
@@ -128,7 +129,7 @@ class Condition:
     @property
     def by_phrase(self) -> bool:
         """Whether the condition is one for each phrase of a sample rather than one for the sample."""
-        return self.image == "object" or self.text == "phrase" or self.ask != "target"
+        return self.image == "object" or self.text == "phrase" or self.ask in ("phrase", "object")
 
     @property
     def name(self) -> str:

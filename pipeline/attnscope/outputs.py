@@ -31,6 +31,12 @@ OUTPUTS: Mapping[str, tuple[str, float, str, str]] = {
 """Arrays of a set: stored type, fill value, unit, meaning; all (condition, sample), with `phrase` where by phrase."""
 
 
+EMBEDDINGS = {
+    "image_embedding": "unit vector of the image in the space that it shares with texts",
+    "text_embedding": "unit vector of the text in the space that it shares with images",
+}
+
+
 @dataclass(frozen=True)
 class OutputSet:
     """Some conditions whose outputs are stored together; all of them by sample, or all by phrase."""
@@ -108,6 +114,34 @@ def write_set(root: zarr.Group, made: OutputSet, block: range, values: Mapping[s
         stored = root[f"{made.path}/{name}"].with_config({"write_empty_chunks": True})  # type: ignore[union-attr]
         stored[:, block.start : block.stop] = array
     root[f"{made.path}/status"][block.start : block.stop] = np.uint8(DONE)  # type: ignore[index]
+
+
+def write_embeddings(root: zarr.Group, made: OutputSet, block: range, values: Mapping[str, np.ndarray]) -> None:
+    """Write the vectors of a block, (sample, channel) each; the arrays are made with the first block that comes."""
+    group = root[made.path]
+    assert isinstance(group, zarr.Group)
+    samples = status_of(root, made).shape[0]
+    for name, array in values.items():
+        if name not in group:
+            attrs = {"units": "1", "long_name": EMBEDDINGS[name]}
+            shape = (samples, array.shape[1])
+            chunks = (root[f"{made.path}/score"].chunks[1], array.shape[1])  # type: ignore[union-attr]
+            _create(group, name, shape, chunks, "float32", _NAN, ("sample", "channel"), attrs)
+            group.attrs["members"] = sorted({*_listed(group, "members"), name})
+        group[name][block.start : block.stop] = array  # type: ignore[index]
+
+
+def read_embeddings(root: zarr.Group, ids: Sequence[str]) -> xr.Dataset | None:
+    """The vectors of image and text, (sample, channel) each; None where no finished set has them."""
+    for made in complete_sets(root):
+        group = root[made.path]
+        if isinstance(group, zarr.Group) and set(EMBEDDINGS) <= set(_listed(group, "members")):
+            found = {
+                name: (("sample", "channel"), np.asarray(group[name][:]), {"long_name": words, "units": "1"})  # type: ignore[index]
+                for name, words in EMBEDDINGS.items()
+            }
+            return xr.Dataset(found, {"sample": np.array(list(ids), object)})
+    return None
 
 
 def status_of(root: zarr.Group, made: OutputSet) -> np.ndarray:

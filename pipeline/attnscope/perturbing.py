@@ -21,7 +21,7 @@ from attnscope.claims import POLL, Claims
 from attnscope.conditions import INTACT, RANDOM, Condition, Phrase, Ranking, distinct, distinct_rankings, phrases_of
 from attnscope.families import Inputs
 from attnscope.families.labels import LABELS, UNASKED
-from attnscope.families.losses import divergence, image_logits, object_head, word_loss
+from attnscope.families.losses import divergence, embeddings, image_logits, object_head, word_loss
 from attnscope.families.scores import answer_logits
 from attnscope.hiding import hiding
 from attnscope.loading import LoadedModel
@@ -34,6 +34,7 @@ from attnscope.outputs import (
     split_sets,
     status_of,
     stored_sets,
+    write_embeddings,
     write_set,
 )
 from attnscope.planning import RecordingError, run_model
@@ -43,6 +44,7 @@ from attnscope.stores import open_group
 from attnscope.tokens import KIND_CODES, TokenLayout
 
 _STATISTICS_SAMPLES = 256
+_AS_IT_IS = ("target", "embedding")
 _WORDS = tuple(KIND_CODES[k] for k in ("text", "generated", "unknown"))
 
 
@@ -81,6 +83,7 @@ class _Stage:
     phrases: list[list[Phrase]]
     group: zarr.Group
     counts_tokens: bool
+    embeds: bool
 
 
 def extract_conditions(
@@ -168,7 +171,8 @@ def _stage(
     target = run.spec.target if run.spec.target is not None else run.attrs.get("target")
     ablation = Ablation(loaded, statistics, other)
     counts = any(c.ask == "object" for c in lacking)
-    return _Stage(loaded, run, batches, ablation, ranks, places, target, phrases, group, counts)  # type: ignore[arg-type]
+    embeds = any(c.ask == "embedding" for c in lacking)
+    return _Stage(loaded, run, batches, ablation, ranks, places, target, phrases, group, counts, embeds)  # type: ignore[arg-type]
 
 
 def _statistics(run: Run, batches: Batches, extracted: Sequence[int]) -> ImageStatistics | None:
@@ -249,12 +253,17 @@ def _fill_sets(stage: _Stage, sets: Sequence[OutputSet], check: Callable[[str], 
         count = sum(len(made.conditions) for made in todo)
         check(f"{count:,} conditions, block {number:,} of {len(blocks):,}")
         values = {made: _empty(made, len(block)) for made in todo}
+        vectors: dict[str, np.ndarray] = {}
         with torch.no_grad(), torch.random.fork_rng(devices=_devices(stage.loaded)):
             for rows, inputs in stage.batches.encoded(block):
                 batch = _Batch(stage, block, rows, inputs)
                 for made in todo:
                     batch.fill(made, values[made])
+                if stage.embeds:
+                    batch.add_vectors(vectors, len(block))
         for made in todo:
+            if any(c.ask == "embedding" for c in made.conditions):
+                write_embeddings(stage.group, made, block, vectors)
             write_set(stage.group, made, block, values[made])
 
 
@@ -309,6 +318,13 @@ class _Batch:
                     found = self._under(condition, self._cases(condition, number))
                     self._put(values, (at, number), found)
 
+    def add_vectors(self, vectors: dict[str, np.ndarray], samples: int) -> None:
+        """Put the vectors of the intact images and texts into a block's arrays (sample, channel)."""
+        for name, tensor in embeddings(self._intact.outputs, self._stage.loaded).items():
+            if name not in vectors:
+                vectors[name] = np.full((samples, tensor.shape[1]), np.nan, np.float32)
+            vectors[name][self._rows] = _plain(tensor)
+
     def _put(self, values: Mapping[str, np.ndarray], place: tuple[int, ...], found: Mapping[str, np.ndarray]) -> None:
         for name, array in found.items():
             for row, value in zip(self._rows, array, strict=True):
@@ -327,7 +343,11 @@ class _Batch:
         found = {"changed": changed, "content": np.where(done.applies, done.content, 0)}
         if not done.applies.any():
             return found
-        made = self._intact if condition == INTACT else self._forward(done.inputs, done.hidden)
+        made = (
+            self._intact
+            if replace(condition, ask="target") == INTACT and condition.ask in _AS_IT_IS
+            else self._forward(done.inputs, done.hidden)
+        )
         numbers = self._numbers(condition, made, done)
         for name, (_, fill, _, _) in OUTPUTS.items():
             if name in numbers:

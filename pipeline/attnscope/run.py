@@ -46,7 +46,7 @@ from attnscope.attention_array import (
 from attnscope.claims import FOLDER as CLAIMS_FOLDER
 from attnscope.claims import POLL, Claims
 from attnscope.conditions import Condition
-from attnscope.outputs import complete_sets, read_outputs
+from attnscope.outputs import complete_sets, read_embeddings, read_outputs
 from attnscope.plan import _DENSE_DTYPE, RunPlan, SitePlan, plan_from_attrs, plan_to_attrs, unit_for
 from attnscope.quantities import (
     DERIVED_FROM,
@@ -524,6 +524,14 @@ class Run:
             return read_outputs(self._group, conditions, self.sample_ids)
         except KeyError as error:
             raise MissingQuantity(f"{self.location} holds no outputs under {error.args[0]!r}") from None
+
+    @property
+    def embeddings(self) -> xr.Dataset:
+        """Unit vectors of image and text, (sample, channel) each, of a run under a condition that asks for them."""
+        found = read_embeddings(self._group, self.sample_ids)
+        if found is None:
+            raise MissingQuantity(f"{self.location} holds no embeddings; extract under Condition(ask='embedding')")
+        return found
 
     # -- analyses ---------------------------------------------------------------------------------------------------
 

@@ -68,6 +68,23 @@ def object_head(loaded: "LoadedModel") -> Iterator["list[Tensor]"]:
         handle.remove()
 
 
+def embeddings(outputs: object, loaded: "LoadedModel") -> "dict[str, Tensor]":
+    """Unit vectors of image and text, (sample, channel) each, of a model that compares them.
+
+    Raises
+    ------
+    ValueError
+        When the model gives no such vectors.
+    """
+    import torch
+
+    found = {f"{side}_embedding": getattr(outputs, f"{side}_embeds", None) for side in ("image", "text")}
+    given = {name: tensor for name, tensor in found.items() if tensor is not None and tensor.ndim == 2}
+    if len(given) < len(found):
+        raise ValueError(f"{loaded.name!r} gives no vectors of image and text: embeddings need a dual encoder")
+    return {name: torch.nn.functional.normalize(tensor.float(), dim=-1) for name, tensor in given.items()}
+
+
 def word_loss(outputs: object, labels: "Tensor", loaded: "LoadedModel") -> "tuple[Tensor, Tensor]":
     """Mean cross entropy (nats) and share told right, (sample,) each, of the words of `labels` (sample, token).
 
