@@ -10,7 +10,7 @@ import xarray as xr
 
 from attnscope.analysis import Analyser, analyse
 from attnscope.plan import RunPlan, SitePlan
-from attnscope.quantities import RANKS, ExtractSpec
+from attnscope.quantities import RANKS, TENSORS, ExtractSpec
 from attnscope.run import EXTRACTED, Run
 from attnscope.samples import Region, Sample
 from attnscope.tokens import KINDS, TokenLayout, grid_layout
@@ -35,8 +35,9 @@ def make_run(
 ) -> Run:
     """A finished run of one site, 'vision.self': a CLS token and a patch grid, filled by a seeded generator.
 
-    Attention rows are softmaxes of normal scores (standard deviation 2), `attention_relevance` is the positive part
-    of a normal draw, weights are normal. Every sample carries one region over the upper left patch.
+    Attention rows are softmaxes of normal scores (standard deviation 2), or of query . key / sqrt(channels) where one
+    of those is asked for; `attention_relevance` is the positive part of a normal draw, value and weights are normal.
+    Every sample carries one region over the upper left patch.
     """
     generator = np.random.default_rng(seed)
     tokens = 1 + grid[0] * grid[1]
@@ -59,7 +60,7 @@ def make_run(
     ]
     run = Run.create(location, plan, spec, listed, {"model": "made", "family": "made", "target": spec.target or ""})
     for block in run.blocks():
-        scores = generator.normal(0, 2, (len(block), layers, heads, tokens, tokens))
+        scores = _scores(run, block, quantities, generator)
         attention = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
         relevance = np.clip(generator.normal(0, 1, (len(block), layers, tokens, tokens)), 0, None)
         layout = grid_layout(len(block), *grid)
@@ -91,6 +92,19 @@ def make_run(
                 "vision.self", layer, {"query": query, "key": key, "query_bias": zeros, "key_bias": zeros}
             )
     return run
+
+
+def _scores(run: Run, block: range, quantities: frozenset[str], generator: np.random.Generator) -> np.ndarray:
+    """Scores (sample, layer, head, query_token, key_token) of a block; of query and key where those are written."""
+    site = run.plan.sites["vision.self"]
+    shape = (len(block), len(site.layers), site.heads, site.query_tokens)
+    if not quantities & set(TENSORS):
+        return generator.normal(0, 2, (*shape, site.key_tokens))
+    vectors = generator.normal(0, 1.5, (3, *shape, site.channels))
+    for name, values in zip(TENSORS, vectors, strict=True):
+        for layer in range(shape[1]) if name in quantities else ():
+            run.write_layer("vision.self", name, block, layer, values[:, layer].astype(np.float32))
+    return vectors[0] @ np.swapaxes(vectors[1], -1, -2) / np.sqrt(site.channels)
 
 
 def _summaries(attention: np.ndarray, layout: TokenLayout) -> dict[str, np.ndarray]:
