@@ -43,7 +43,7 @@ CORE = (
     "checking",
     "repairing",
 )
-ANALYSIS = ("statistics", "reading", "report", "plugins", "analysis", "rendering")
+ANALYSIS = ("statistics", "reading", "report", "plugins", "analysis", "rendering", "comparing")
 EMBEDDED = ("embedded", "reference")
 REFERENCE = tuple(
     f"reference.{name}"
@@ -72,7 +72,7 @@ MODEL_LINE = (
     "families.conformance",
     "compatibility",
 )
-ORDER = (*CORE, *ANALYSIS, *EMBEDDED, *MODEL_LINE, "testing", "study", "cli")
+ORDER = (*CORE, *ANALYSIS, *EMBEDDED, *MODEL_LINE, "testing", "clusters", "study", "cli")
 
 # Heavy modules, and who may import them at run time.
 ALLOWED = {
@@ -81,6 +81,8 @@ ALLOWED = {
     "safetensors": {*EMBEDDED, *MODEL_LINE},
     "matplotlib": {"report"},
     "prefect": set(),
+    "dask": {"clusters"},
+    "distributed": {"clusters"},
 }
 
 

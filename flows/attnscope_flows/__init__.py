@@ -65,13 +65,20 @@ def embedded(progress: Listener | None = None) -> Iterator[None]:
 def _set_environment() -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    if not any(os.environ.get(name) for name in _PLACES) and not _profile_names_server(Path.home() / ".prefect"):
-        home = _cache_folder() / f"prefect-{version('prefect')}"
-        # Prefect makes the folder itself, but not the ones above it.
-        with suppress(OSError):
-            home.mkdir(parents=True, exist_ok=True)
-        os.environ["PREFECT_HOME"] = str(home)
+    if use_own_home():
         os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_ENABLED", "true")
+
+
+def use_own_home() -> bool:
+    """Keep Prefect's home in attnscope's cache, unless the user has said where Prefect lives; whether that is so."""
+    if any(os.environ.get(name) for name in _PLACES) or _profile_names_server(Path.home() / ".prefect"):
+        return False
+    home = _cache_folder() / f"prefect-{version('prefect')}"
+    # Prefect makes the folder itself, but not the ones above it.
+    with suppress(OSError):
+        home.mkdir(parents=True, exist_ok=True)
+    os.environ["PREFECT_HOME"] = str(home)
+    return True
 
 
 def _profile_names_server(home: Path) -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import pydantic
@@ -92,8 +92,16 @@ def ranking_analyser(ranking: Ranking) -> Analyser:
     return make_analyser(ranking.analyser, json.loads(ranking.options))
 
 
-def analyse(run: Run, analyser: Analyser, *, save: bool = True) -> xr.Dataset:
+def analyse(
+    run: Run,
+    analyser: Analyser,
+    *,
+    save: bool = True,
+    compute: Callable[[Run, Analyser], xr.Dataset] | None = None,
+) -> xr.Dataset:
     """Run an analyser on a run, stamp the result with how it came about, and save it in the run.
+
+    `compute` stands in for the analyser's own `analyse`, such as one that works on parts of the run elsewhere.
 
     Raises
     ------
@@ -101,7 +109,7 @@ def analyse(run: Run, analyser: Analyser, *, save: bool = True) -> xr.Dataset:
         When the run doesn't hold what the analyser requires; the message says how to get it.
     """
     run.require(analyser.requires(), f"analyser {analyser.name!r}")
-    result = analyser.analyse(run)
+    result = analyser.analyse(run) if compute is None else compute(run, analyser)
     for name, variable in result.data_vars.items():
         absent = {"long_name", "units"} - set(variable.attrs)
         if absent:
@@ -110,6 +118,14 @@ def analyse(run: Run, analyser: Analyser, *, save: bool = True) -> xr.Dataset:
     if save:
         run.save_analysis(analyser.name, result)
     return result
+
+
+def is_fresh(run: Run, analyser: Analyser) -> bool:
+    """Whether the run holds what this analyser would give: of the same options, version and samples."""
+    if analyser.name not in run.analyses:
+        return False
+    saved = run.analysis(analyser.name).attrs
+    return all(saved.get(name) == value for name, value in _stamp(run, analyser).items() if name != "created")
 
 
 def _stamp(run: Run, analyser: Analyser) -> dict[str, object]:

@@ -198,7 +198,7 @@ def begin_extraction(
     progress: Callable[[Progress], None] | None = None,
     deadline: float | None = None,
 ) -> "Extraction":
-    """Load the model, and make the run or open the one that was begun; what `extract` does before the first block."""
+    """Load the model, and make the run or open the one that was begun: what `extract` does before the first block."""
     started = time.monotonic()
     wanted = _wanted(analysers, spec, target=target, encoding=encoding, form=form, summaries=summaries)
     listed, ready = _listed(samples, limit)
@@ -231,16 +231,84 @@ class Extraction:
     batch_size: int | None
     report: "_Reporter"
     conditions: tuple[Condition, ...] = ()
+    fitting: int | None = None
 
     def blocks(self) -> Iterator[range]:
         """Extract block by block what is missing, and give each that is done; ends when nothing is missing.
 
         When all blocks are there, the model is run under the conditions that the run lacks.
         """
-        yield from _extract_blocks(self)
+        self.report.already(self.run.status)
+        with Claims(self.run.store) as claims:
+            claims.remove_partial_files()
+            yield from self._extract(self.run.missing(), claims)
+            claims.remove_partial_files()
+            claims.clear()
+        # Others may have done a part of it.
+        self.report.already(self.run.status)
+        self.report("done")
+        self.run_conditions()
+
+    def run_conditions(self) -> None:
+        """Run the model under the conditions that the run lacks; all blocks must be there."""
         if self.conditions:
             with _evaluation(self.loaded.model), full_disk_told():
                 _extract_conditions(self)
+
+    def part(self, block: range, samples: Sequence[Sample]) -> tuple[int, int]:
+        """Extract one block, if it is missing: the number of its samples left out, and bytes written, by this process.
+
+        Nothing but the block is looked at, so that it costs the same in a run of any size.
+        """
+        self.prepared = prepare(samples, self.loaded, room=self.run.plan.streams).at(block.start)
+        self.report = _Reporter(None, time.monotonic(), len(block))
+        self._whole(block)
+        return self.report.left_out, self.report.bytes
+
+    def leave_out(self, block: range, reason: str) -> None:
+        """Mark all samples of a block as left out for a reason; the model isn't run."""
+        self.prepared.problems.update(dict.fromkeys(block, reason))
+        self._whole(block)
+
+    def _whole(self, block: range) -> None:
+        with Claims(self.run.store) as claims:
+            for _ in self._extract([block], claims):
+                pass
+
+    def _extract(self, missing: list[range], claims: Claims) -> Iterator[range]:
+        report = self.report
+        with _evaluation(self.loaded.model), full_disk_told():
+            places = Places.of(self.run, self.spec)
+            if missing and self.fitting is None:
+                self.fitting = _batch_size(self, places)
+            writer = BlockWriter(writer_threads(self.loaded.device))
+            job = _Job(self.loaded, self.run, self.spec, self.prepared, self.ready, self.fitting or 1, writer, places,
+                       report.check, RegionReader(self.loaded), claims)  # fmt: skip
+            try:
+                for block in _claimed(self.run, missing, claims, report.check):
+                    _extract_within_memory(job, block, report)
+                    # Once memory ran out, it would again.
+                    self.fitting = job.batch_size if self.fitting else None
+                    yield from report.add(job.done)
+                writer.flush()
+                yield from report.add(job.done)
+            finally:
+                writer.close()
+                for _ in report.add(job.done):
+                    pass
+
+
+def join_extraction(loaded: LoadedModel, run: Run, batch_size: int | None) -> Extraction:
+    """An extraction that another process has begun, for single parts of it.
+
+    Raises
+    ------
+    RunError
+        When the run was begun with other weights.
+    """
+    _check_same(run, run.spec, loaded.digest())
+    nothing = Prepared((), np.zeros(0, np.int64), {})
+    return Extraction(loaded, run, run.spec, nothing, None, batch_size, _Reporter(None, time.monotonic(), 0))
 
 
 def _wanted(
@@ -425,17 +493,17 @@ def _probe_inputs(loaded: LoadedModel, prepared: Prepared, ready: Sequence[Input
     if ready is not None:
         # The longest text and the longest target, or the largest image, may be two samples'.
         return largest_inputs(ready)[0]
-    for i in sorted(range(len(prepared.samples)), key=lambda i: -prepared.lengths[i]):
+    for i in prepared.longest_first():
         if i in prepared.problems:
             continue
         try:
-            return encoded_samples([prepared.samples[i]], loaded)
+            return encoded_samples([prepared.sample(i)], loaded)
         except SampleError as error:
             prepared.problems[i] = _blameless(str(error))
     first = next(iter(prepared.problems.items()))
     raise SampleError(
         f"none of the {len(prepared.samples)} samples can be used;"
-        f" the first, {prepared.samples[first[0]].id!r}: {first[1]}"
+        f" the first, {prepared.sample(first[0]).id!r}: {first[1]}"
     )
 
 
@@ -474,40 +542,13 @@ def _write_weights(loaded: LoadedModel, inputs: Inputs, run: Run) -> None:
         run.describe_weights(name, rotary=not all(p is not False for p in plain), plain=all(p is True for p in plain))
 
 
-def _extract_blocks(begun: Extraction) -> Iterator[range]:
-    loaded, run, report = begun.loaded, begun.run, begun.report
-    report.already(run.status)
-    places = Places.of(run, begun.spec)
-    with _evaluation(loaded.model), full_disk_told(), Claims(run.store) as claims:
-        claims.remove_partial_files()
-        writer = BlockWriter(writer_threads(loaded.device))
-        size = _batch_size(begun, places)
-        job = _Job(loaded, run, begun.spec, begun.prepared, begun.ready, size, writer, places, report.check,
-                   RegionReader(loaded), claims)  # fmt: skip
-        try:
-            for block in _claimed(run, run.missing(), claims, report.check):
-                _extract_within_memory(job, block, report)
-                yield from report.add(job.done)
-            writer.flush()
-            yield from report.add(job.done)
-        finally:
-            writer.close()
-            for _ in report.add(job.done):
-                pass
-        claims.remove_partial_files()
-        claims.clear()
-    # Others may have done a part of it.
-    report.already(run.status)
-    report("done")
-
-
 def _extract_conditions(begun: Extraction) -> None:
     """Run the model under the conditions that the run lacks; in batches of the samples' own, as they were recorded."""
     loaded, run, ready, report = begun.loaded, begun.run, begun.ready, begun.report
     places = Places.of(run, run.spec)
     left_out = {int(at): "it was left out" for at in np.flatnonzero(run.status == LEFT_OUT)}
     prepared = replace(begun.prepared, problems={**begun.prepared.problems, **left_out})
-    size = _batch_size(begun, places)
+    size = _batch_size(begun, places) or 1
     work = _Work(loaded, run, run.spec, prepared, ready, size)
 
     def encode(positions: Sequence[int], samples: Sequence[Sample]) -> Inputs:
@@ -527,17 +568,22 @@ def _extract_conditions(begun: Extraction) -> None:
     extract_conditions(loaded, run, begun.conditions, batches, check)
 
 
-def _batch_size(begun: Extraction, places: Places) -> int:
-    """Samples that the model sees at once: one where its calls don't keep the batch of samples."""
+def _batch_size(begun: Extraction, places: Places) -> int | None:
+    """Samples that the model sees at once: one where its calls don't keep the batch of samples.
+
+    None where no sample is there to see that of.
+    """
     family = begun.loaded.family
     size = begun.batch_size or int(str(begun.run.attrs["batch_size"]))
     if family.one_by_one or (places.one_by_one and family.fold is None):
         return 1
-    if size > 1 and family is GENERIC and begun.run.missing():
-        return (
-            size if _keeps_batch(begun.loaded, places, _probe_inputs(begun.loaded, begun.prepared, begun.ready)) else 1
-        )
-    return size
+    if size == 1 or family is not GENERIC:
+        return size
+    try:
+        inputs = _probe_inputs(begun.loaded, begun.prepared, begun.ready)
+    except SampleError:
+        return None
+    return size if _keeps_batch(begun.loaded, places, inputs) else 1
 
 
 def _batch_seed(block: range, rows: Sequence[int]) -> int:
@@ -663,7 +709,7 @@ def _write_rest(
         run.write_block("outputs/score", block, scores)
     if run.plan.thumbnails:
         run.write_block("samples/thumbnail", block, pictures)
-    samples = [job.prepared.samples[i] for i in block]
+    samples = [job.prepared.sample(i) for i in block]
     digests = ["" if r in problems else s.image_digest() for r, s in enumerate(samples)]
     run.write_block("samples/image_digest", block, np.array(digests, object))
     run.write_block("samples/reason", block, np.array([problems.get(r, "") for r in range(len(block))], object))
@@ -674,7 +720,7 @@ def _encoded_batches(work: _Work, block: range) -> tuple[list[tuple[list[int], I
     """Inputs of a block in batches of like length: (rows in the block, inputs); and the reasons of those left out."""
     problems = {i - block.start: work.prepared.problems[i] for i in block if i in work.prepared.problems}
     rows = [r for r in range(len(block)) if r not in problems]
-    rows.sort(key=lambda r: work.prepared.lengths[block.start + r])
+    rows.sort(key=lambda r: work.prepared.length(block.start + r))
     batches = []
     for chosen in _sharing(work, block, rows):
         usable, inputs = _encode(work, block, chosen, problems)
@@ -695,7 +741,7 @@ def _encode(work: _Work, block: range, rows: list[int], problems: dict[int, str]
     if work.ready is not None:
         return rows, collated([work.ready[block.start + r] for r in rows])
     encode = encoded_samples
-    samples = [work.prepared.samples[block.start + r] for r in rows]
+    samples = [work.prepared.sample(block.start + r) for r in rows]
     try:
         return rows, encode(samples, work.loaded)
     except SampleError:
@@ -707,7 +753,7 @@ def _encode(work: _Work, block: range, rows: list[int], problems: dict[int, str]
             usable.append(row)
         except SampleError as error:
             problems[row] = _blameless(str(error))
-    kept = [work.prepared.samples[block.start + r] for r in usable]
+    kept = [work.prepared.sample(block.start + r) for r in usable]
     return usable, encode(kept, work.loaded) if kept else {}
 
 
@@ -768,7 +814,7 @@ class _Regions:
             return
         into = self._shares[stream]
         for at, row in enumerate(rows):
-            sample = self._job.prepared.samples[self._block.start + row]
+            sample = self._job.prepared.sample(self._block.start + row)
             into[row, :, : layout.token_count] = self._job.regions.shares(sample, layout, at, into.shape[1])
 
     def write(self) -> None:
@@ -833,7 +879,7 @@ def _thumbnails(work: _Work, block: range, rows: Sequence[int], inputs: Inputs) 
         seen = ((pixels.float().cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
         pictures = [Image.fromarray(p) for p in seen]
     else:
-        loaded = [work.prepared.samples[block.start + r].load_image() for r in rows]
+        loaded = [work.prepared.sample(block.start + r).load_image() for r in rows]
         pictures = [p if p is not None else Image.new("RGB", size) for p in loaded]
     return np.stack([np.asarray(p.resize(size, Image.Resampling.BILINEAR)) for p in pictures])
 
@@ -909,15 +955,15 @@ class _Reporter:
         self._deadline = deadline
         self.total = total
         self.done = 0
-        self._left_out = 0
-        self._bytes = 0
+        self.left_out = 0
+        self.bytes = 0
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._started
 
     def already(self, status: np.ndarray) -> None:
-        self.done, self._left_out = int((status != MISSING).sum()), int((status == LEFT_OUT).sum())
+        self.done, self.left_out = int((status != MISSING).sum()), int((status == LEFT_OUT).sum())
 
     def check(self) -> None:
         if self._deadline is not None and self.seconds > self._deadline:
@@ -929,12 +975,16 @@ class _Reporter:
         """Tell of the blocks that were committed since the last time, and give each; the writer adds to the queue."""
         while committed:
             done = committed.popleft()
-            self.done += len(done.block)
-            self._left_out += done.left_out
-            self._bytes += done.nbytes
-            self("extract")
+            self.add_block(done.block, done.left_out, done.nbytes)
             yield done.block
+
+    def add_block(self, block: range, left_out: int, nbytes: int) -> None:
+        """Tell of one block."""
+        self.done += len(block)
+        self.left_out += left_out
+        self.bytes += nbytes
+        self("extract")
 
     def __call__(self, stage: str, message: str = "") -> None:
         if self.tell is not None:
-            self.tell(Progress(stage, self.done, self.total, self._left_out, self._bytes, self.seconds, message))
+            self.tell(Progress(stage, self.done, self.total, self.left_out, self.bytes, self.seconds, message))

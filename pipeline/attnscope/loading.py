@@ -154,6 +154,16 @@ def load_model(
     return LoadedModel(loaded, name, _family_of(loaded), source, revision, trust_remote_code)
 
 
+def default_device() -> str:
+    """Where a model runs that nobody places elsewhere: a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def gpus() -> list[str]:
+    """The GPUs of this machine, as devices."""
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+
+
 def _check_device(device: str | torch.device | None) -> None:
     """Raise ModelError for a device that torch doesn't know or that isn't here."""
     try:
@@ -164,9 +174,7 @@ def _check_device(device: str | torch.device | None) -> None:
 
 
 def _on_device(model: torch.nn.Module, device: str | torch.device | None) -> torch.nn.Module:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device)
+    return model.to(default_device() if device is None else device)
 
 
 def _family_of(model: torch.nn.Module) -> ModelFamily:
@@ -246,7 +254,7 @@ def _weights(
         options["attn_implementation"] = attn_implementation
     try:
         # Each of ViLT's heads loads from one file with all of them, which needs no telling.
-        with _without_progress_bars(), _without_notes(name.startswith(carrying.PREFIX)):
+        with _without_progress_bars(), _without_notes(name.startswith(carrying.PREFIX)), _drawn_alike():
             return cls.from_pretrained(source, **options)  # type: ignore[attr-defined]
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(f"model {name!r} can't be loaded: {_first(error)}") from None
@@ -254,6 +262,14 @@ def _weights(
         if type(error).__name__ == "SafetensorError":
             raise ModelError(f"model {name!r} has a damaged safetensors file: {_first(error)}") from None
         raise
+
+
+@contextmanager
+def _drawn_alike() -> Iterator[None]:
+    """What a checkpoint lacks (a pooler, say) is drawn the same each time, so that runs can be resumed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def _class(architecture: str, *, ours: bool) -> type:

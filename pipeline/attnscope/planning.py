@@ -35,7 +35,8 @@ class RecordingError(RuntimeError):
 class Prepared:
     """The samples of a run, the tokens of each, the most of each stream, and what is wrong with those left out.
 
-    `tokens`: of each stream that differs between samples, how many each has; 0 where that isn't known.
+    `tokens`: of each stream that differs between samples, how many each has; 0 where that isn't known. Where these are
+    the samples of one part of the run, the first stands at the place `start` of the run; `problems` go by places in it.
     """
 
     samples: Sequence[Sample]
@@ -43,6 +44,23 @@ class Prepared:
     problems: dict[int, str]
     longest: Mapping[str, int] = field(default_factory=dict)
     tokens: Mapping[str, np.ndarray] = field(default_factory=dict)
+    start: int = 0
+
+    def sample(self, place: int) -> Sample:
+        """The sample at a place of the run."""
+        return self.samples[place - self.start]
+
+    def length(self, place: int) -> int:
+        """The tokens of the sample at a place of the run."""
+        return int(self.lengths[place - self.start])
+
+    def longest_first(self) -> list[int]:
+        """Places in the run, those of the longest samples first."""
+        return [int(at) + self.start for at in np.argsort(-self.lengths, kind="stable")]
+
+    def at(self, start: int) -> "Prepared":
+        """The same samples, as a part of a run that begins at the place `start`."""
+        return replace(self, problems={at + start: told for at, told in self.problems.items()}, start=start)
 
 
 @dataclass(frozen=True)

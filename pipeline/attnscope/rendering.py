@@ -10,7 +10,7 @@ import xarray as xr
 
 from attnscope.analysis import AnalyserError, make_analyser, options_of
 from attnscope.plugins import load_plugins
-from attnscope.report import Code, Element, Facts, Note, Paragraph, Section, Table, render_page
+from attnscope.report import Code, Element, Facts, HeatMap, LineChart, Note, Paragraph, Section, Table, render_page
 from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, Run
 
 _IDS_PER_REASON = 5
@@ -27,6 +27,41 @@ def render(run: Run, results: Iterable[xr.Dataset]) -> str:
     title = f"Attention of {run.attrs.get('model') or run.location}"
     created = run.attrs.get("created", "")
     return render_page(title, _summary(run, listed), sections, f"Extracted {created} into {run.location}.")
+
+
+def key_figures(run: Run) -> list[dict[str, str | float | int]]:
+    """The mean of every variable of numbers in a run's analyses, over all that is finite, as rows of a table."""
+    rows: list[dict[str, str | float | int]] = []
+    for name in run.analyses:
+        result = run.analysis(name)
+        for variable, values in result.data_vars.items():
+            if values.dtype.kind in "fiub":
+                numbers = np.asarray(values.values, float)
+                finite = numbers[np.isfinite(numbers)]
+                rows.append(
+                    {
+                        "analyser": name,
+                        "variable": str(variable),
+                        "mean": float(f"{finite.mean():.6g}") if finite.size else "none",
+                        "units": str(values.attrs.get("units", "")),
+                        "samples": int(result.attrs.get("samples_used", 0)),
+                    }
+                )
+    return rows
+
+
+def first_chart(run: Run) -> tuple[str, bytes] | None:
+    """The first chart of a run's report: its caption, and itself as a PNG."""
+    for name in run.analyses:
+        result = run.analysis(name)
+        try:
+            elements = make_analyser(name, _options(result)).report(result)
+            chart = next((e for e in elements if isinstance(e, LineChart | HeatMap)), None)
+        except AnalyserError:
+            continue
+        if chart is not None:
+            return f"{name}: {chart.caption}", chart.png()
+    return None
 
 
 def _section(result: xr.Dataset) -> Iterator[Element]:

@@ -171,6 +171,10 @@ class LineChart:
         alt = f"Line chart of {self.y_label} over {self.x_label}: {labels}."
         return _figure(_svg(self._draw, alt), self.caption, "chart scroll") + _fold("Numbers", self._table())
 
+    def png(self) -> bytes:
+        """The chart alone, on white."""
+        return _drawn_png(self._draw)
+
     def _draw(self) -> "Figure":
         from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
@@ -264,6 +268,10 @@ class HeatMap:
         listed = [[_text(r), *map(float, v)] for r, v in zip(self.rows, self.values, strict=True)]
         table = Table([f"{self.row_label} \\ {self.column_label}", *map(_text, self.columns)], listed)
         return _figure(_svg(self._draw, alt), self.caption, "chart scroll") + _fold("Numbers", table)
+
+    def png(self) -> bytes:
+        """The chart alone, on white."""
+        return _drawn_png(self._draw)
 
     def _draw(self) -> "Figure":
         values = np.ma.masked_invalid(np.asarray(self.values, float))
@@ -439,6 +447,13 @@ def _svg(draw: Callable[[], "Figure"], alt: str) -> str:
     own = hashlib.sha256(svg.encode()).hexdigest()[:10]
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{own}-", svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{_escape(alt)}"', 1)
+
+
+def _drawn_png(draw: Callable[[], "Figure"]) -> bytes:
+    drawn = io.BytesIO()
+    with _matplotlib().rc_context(_DRAWING):
+        draw().savefig(drawn, format="png", dpi=110, facecolor="white")
+    return drawn.getvalue()
 
 
 def _png(picture: np.ndarray) -> str:

@@ -387,7 +387,7 @@ class Run:
     @property
     def sample_ids(self) -> list[str]:
         """Names of the samples, in stored order."""
-        return [str(s) for s in np.asarray(self._array("samples/id")[: self.sample_count])]
+        return [str(s) for s in np.asarray(self._array("samples/id")[self._known])]
 
     def tokens(self, stream: str) -> xr.Dataset:
         """Text, kind (a code, see its `flag_meanings`), row and column of every token of a stream."""
@@ -411,7 +411,7 @@ class Run:
         )
         row = SITE_QUANTITIES["attention"]
         attrs = {"long_name": row.meaning, "units": row.units, "bound": self._bound(plan)}
-        variable = xr.Variable(DIMS, indexing.LazilyIndexedArray(array), attrs)[: self.sample_count]
+        variable = xr.Variable(DIMS, indexing.LazilyIndexedArray(array), attrs)[self._known]
         return xr.DataArray(variable, coords=self._coordinates(site), name="attention")
 
     def array(self, site: str, name: str) -> xr.DataArray:
@@ -427,7 +427,7 @@ class Run:
                 return stored
             array = indexing.LazilyIndexedArray(DecodedArray(self._array(f"{site}/{name}")))
             attrs = {k: v for k, v in stored.attrs.items() if k != "encoded"}
-            return stored.copy(data=xr.Variable(stored.dims, array)).assign_attrs(attrs)
+            return stored.copy(data=xr.Variable(stored.dims, array)[self._known]).assign_attrs(attrs)
         if name == "attention_mean":
             return self._head_mean(site, name, self.attention(site))
         if name == "attention_relevance" and f"{site}/attention_grad" in self._group:
@@ -639,9 +639,8 @@ class Run:
     def _dataset(self, group: str) -> xr.Dataset:
         found = self._open_dataset(group)
         found.attrs.pop("members", None)
-        # A process that was killed while it made the run grow leaves arrays that are longer than the run.
-        known = found.sizes.get("sample", 0) <= self.sample_count or group.startswith("analyses/")
-        return found if known else found.isel(sample=slice(0, self.sample_count))
+        whole = found.sizes.get("sample", 0) <= self.sample_count or group.startswith("analyses/")
+        return found if whole else found.isel(sample=self._known)
 
     def _open_dataset(self, group: str, without: Iterable[str] = ()) -> xr.Dataset:
         try:
@@ -654,11 +653,16 @@ class Run:
             if len(set(lengths.values())) < 2 or without:
                 raise
         parts = [self._open_dataset(group, lengths.keys() - {name}) for name in lengths]
-        count = self.sample_count
-        return xr.merge([part.isel(sample=slice(0, count)) for part in parts], compat="override", join="override")
+        known = slice(0, int(self._array("samples/status").shape[0]))
+        return xr.merge([part.isel(sample=known) for part in parts], compat="override", join="override")
+
+    @property
+    def _known(self) -> slice:
+        """The places of the samples: a process that was killed while the run grew leaves arrays longer than the run."""
+        return slice(0, self.sample_count)
 
     def _sample_coordinate(self) -> np.ndarray:
-        return np.asarray(self._array("samples/id")[: self.sample_count]).astype(object)
+        return np.asarray(self._array("samples/id")[self._known]).astype(object)
 
     def _coordinates(self, site: str) -> "dict[Hashable, object]":
         plan = self.plan.sites[site]

@@ -16,6 +16,9 @@ from zarr.storage import LocalStore, MemoryStore
 from attnscope.object_stores import StoreError, Unreachable, object_store
 
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+# What waiting does not mend: the same call fails in the same way.
+_LASTING = (StoreError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_LASTING_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EPIPE}
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -49,6 +52,16 @@ def open_store(location: str | Path | Store | None, read_only: bool = True) -> S
         if not os.access(path, os.W_OK):
             raise StoreError(f"{str(location)!r} can't be written (no permission, or the file system is read-only)")
     return LocalStore(path, read_only=read_only)
+
+
+def can_pass(error: BaseException) -> bool:
+    """Whether the same call may succeed later: trouble of network, store or memory, none of the call itself."""
+    if isinstance(error, Unreachable) or type(error).__name__ == "OutOfMemoryError":
+        # Another process may give memory back.
+        return True
+    if isinstance(error, _LASTING) or getattr(error, "errno", None) in _LASTING_NUMBERS:
+        return False
+    return isinstance(error, OSError)
 
 
 @contextmanager
@@ -120,6 +133,7 @@ def open_group(store: Store, path: str = "", mode: str = "r") -> zarr.Group:
 __all__ = [
     "StoreError",
     "Unreachable",
+    "can_pass",
     "delete",
     "delete_below",
     "full_disk_told",

@@ -10,19 +10,20 @@ from attnscope.plugins import load_plugins
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize("flow", ["extract", "analyse", "study"])
+@pytest.mark.parametrize("flow", ["extract", "analyse", "study", "compare"])
 def test_deployments_run_from_the_installed_package(flow: str) -> None:
     from attnscope_flows.deployments import deployment
 
     made = deployment(flow, "nightly", {"model": "x"}, cron="0 2 * * *")
-    assert made.entrypoint == f"attnscope_flows.{flow}.{flow}_flow"
+    module = "study" if flow == "compare" else flow
+    assert made.entrypoint == f"attnscope_flows.{module}.{flow}_flow"
     assert made.parameters == {"model": "x"}
     assert [schedule.schedule.cron for schedule in made.schedules] == ["0 2 * * *"]
     hourly = deployment(flow, "hourly", {}, interval=timedelta(hours=1))
     assert [schedule.schedule.interval for schedule in hourly.schedules] == [timedelta(hours=1)]
 
 
-@pytest.mark.parametrize("flow", ["extract", "analyse", "study"])
+@pytest.mark.parametrize("flow", ["extract", "analyse", "study", "compare"])
 def test_every_parameter_of_the_form_is_described(flow: str) -> None:
     from attnscope_flows.deployments import FLOWS
 
@@ -58,3 +59,33 @@ def test_the_example_of_the_page_serves_a_nightly_study(monkeypatch: pytest.Monk
     nightly, limit = served
     assert limit == 1
     assert (nightly.flow_name, nightly.name) == ("study", "nightly")
+
+
+def test_the_project_file_deploys_every_flow_from_the_package() -> None:
+    import yaml
+    from prefect.utilities.importtools import import_object
+
+    from attnscope_flows.deployments import FLOWS
+
+    written = yaml.safe_load((Path(__file__).parents[2] / "prefect.yaml").read_text(encoding="utf-8"))
+    assert written["pull"] == []
+    flows = [import_object(deployed["entrypoint"]) for deployed in written["deployments"]]
+    assert {flow.name for flow in flows} == set(FLOWS)
+    for flow, deployed in zip(flows, written["deployments"], strict=True):
+        given = deployed.get("parameters", {})
+        assert set(given) <= set(flow.parameters.properties)
+        for schedule in deployed.get("schedules", ()):
+            assert schedule["active"] is False
+    study = next(flow for flow in flows if flow.name == "study")
+    study.validate_parameters(written["deployments"][0]["parameters"])
+
+
+def test_each_kind_of_schedule_is_what_was_asked_for() -> None:
+    from attnscope_flows.deployments import deployment
+
+    weekly = deployment("study", "weekly", {}, rrule="FREQ=WEEKLY;BYDAY=MO", timezone="Europe/Berlin", pool="attnscope")
+    (schedule,) = weekly.schedules
+    assert schedule.schedule.rrule.endswith("FREQ=WEEKLY;BYDAY=MO")
+    assert schedule.schedule.timezone == "Europe/Berlin"
+    assert weekly.work_pool_name == "attnscope"
+    assert deployment("study", "by hand", {}).schedules == []

@@ -105,12 +105,12 @@ def test_trouble_that_can_pass_is_tried_again(
             raise ConnectionResetError("the store went away")
         return {"run": "x"}
 
-    monkeypatch.setattr(module, "extract_run", flaky)
+    monkeypatch.setattr(module, "extract_part", flaky)
     task = module.extract_task.with_options(retry_delay_seconds=[0, 0, 0])
 
     @flow
     def trial() -> dict[str, object]:
-        return task(str(model), str(images), str(tmp_path), [], ExtractOptions())
+        return task(str(model), str(images), str(tmp_path), [], ExtractOptions(), 1)
 
     assert trial() == {"run": "x"}
     assert len(tried) == 3

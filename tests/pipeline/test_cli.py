@@ -584,3 +584,18 @@ def _needs_demo_packages() -> None:
             importlib.metadata.distribution(package)
         except importlib.metadata.PackageNotFoundError:
             pytest.skip(f"{package} is not installed")
+
+
+def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(progress.sys, "stderr", terminal)
+    with progress.progress_line("embedded:any") as line:
+        line(Progress("extract", 0, 1000, 0, 0, 0.0))
+        line(Progress("extract", 1000, 1000, 0, 1_000_000, 10.0))
+    shown = terminal.getvalue().split("\r\x1b[K")
+    assert shown[1].startswith("[....................] 0 of 1,000 samples")
+    assert shown[-2] == "[####################] 1,000 of 1,000 samples, 1.0 MB, 100 samples/s"

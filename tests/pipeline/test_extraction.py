@@ -445,3 +445,14 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None
         peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     # 48 more batches of 8 would hold 400 MB of attention.
     assert peaks[1] - peaks[0] < 60
+
+
+def test_weights_that_a_checkpoint_lacks_are_the_same_each_time(tmp_path: Path, captioned_images: Path) -> None:
+    config = transformers.BertConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=8)  # fmt: skip
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    first, second = (load_model(tmp_path) for _ in range(2))
+    assert "pooler.dense.weight" in first.model.state_dict()
+    assert first.digest() == second.digest()
+    assert torch.equal(torch.get_rng_state(), before)

@@ -36,8 +36,7 @@ from attnscope.extraction import extract
 from attnscope.loading import load_model
 from attnscope.object_stores import fsspec_store
 from attnscope.run import RunError, open_run
-from attnscope.stores import StoreError, Unreachable, keys, open_store, write_once
-from attnscope.study import can_pass
+from attnscope.stores import StoreError, Unreachable, can_pass, keys, open_store, write_once
 from attnscope.testing import make_run
 
 BUCKET = "runs"

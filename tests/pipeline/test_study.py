@@ -1,14 +1,16 @@
 """The stages of a study: receipts, reports that are whole, and what may be tried again."""
 
 import errno
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from attnscope import study as stages
 from attnscope.analysis import AnalyserError
 from attnscope.run import open_run
-from attnscope.stores import StoreError
+from attnscope.stores import StoreError, can_pass
 from attnscope.study import AnalyserChoice, ExtractOptions
 from attnscope.testing import make_run
 
@@ -31,14 +33,14 @@ def test_an_analyser_that_fails_costs_the_others_nothing(tmp_path: Path) -> None
         make_run(location=str(tmp_path / "run.zarr"))
         return {"run": "run.zarr"}
 
-    def analyse(run: str, choice: AnalyserChoice) -> stages.Receipt:
+    def analyse(run: str, choice: AnalyserChoice, *_: object, **__: object) -> stages.Receipt:
         if choice.name == "relevance":
             raise ZeroDivisionError("no")
         return stages.analyse_run(run, choice)
 
     choices = [AnalyserChoice(name="relevance"), QK_SVD]
     with pytest.raises(ZeroDivisionError, match="no"):
-        stages.study("model", "samples", str(tmp_path), choices, extract=extract, analyse=analyse)
+        stages.study("model", "samples", str(tmp_path), choices, stages=stages.Stages(extract, analyse))
     assert open_run(tmp_path / "run.zarr").analyses == ("qk_svd",)
     assert (tmp_path / "report.html").exists()
 
@@ -49,7 +51,7 @@ def test_analysers_are_checked_before_anything_is_done(tmp_path: Path) -> None:
 
     for choice in (AnalyserChoice(name="nothing"), AnalyserChoice(name="relevance", options={"colour": 1})):
         with pytest.raises(AnalyserError):
-            stages.study("model", "samples", str(tmp_path), [choice], extract=extract)
+            stages.study("model", "samples", str(tmp_path), [choice], stages=stages.Stages(extract))
 
 
 def test_analysers_of_different_targets_are_refused() -> None:
@@ -100,4 +102,56 @@ def test_reports_and_studies_are_not_written_to_urls() -> None:
     ],
 )
 def test_only_trouble_of_networks_and_stores_can_pass(error: BaseException, passes: bool) -> None:
-    assert stages.can_pass(error) is passes
+    assert can_pass(error) is passes
+
+
+def test_a_study_that_grows_does_what_is_new_and_leaves_the_rest_alone(
+    tiny_vit: Path, captioned_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(captioned_images, images, ignore=shutil.ignore_patterns("metadata*"))
+    held_back = sorted(images.glob("*.png"))[0]
+    held_back.rename(tmp_path / held_back.name)
+    asked = (str(tiny_vit), str(images), str(tmp_path / "out"), [QK_SVD], ExtractOptions(grow=True))
+    first = stages.study(*asked)
+    assert first["fresh"] is False
+    written = (tmp_path / "out/report.html").stat().st_mtime_ns
+    monkeypatch.setattr("attnscope.extraction._extract_block", refuse)
+    again = stages.study(*asked)
+    monkeypatch.undo()
+    assert again == first | {"fresh": True}
+    assert (tmp_path / "out/report.html").stat().st_mtime_ns == written
+    (tmp_path / held_back.name).rename(held_back)
+    grown = stages.study(*asked)
+    assert grown["fresh"] is False
+    assert grown["extracted"] == int(str(first["extracted"])) + 1
+    analysis = open_run(tmp_path / "out/run.zarr").analysis("qk_svd")
+    assert analysis.attrs["samples_used"] == grown["extracted"]
+    assert f"{grown['extracted']} used" in (tmp_path / "out/report.html").read_text()
+
+
+def refuse(*_: object) -> tuple[int, int]:
+    raise AssertionError("a block was extracted again")
+
+
+def test_an_extraction_in_parts_loads_its_model_once(
+    tiny_vit: Path, captioned_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attnscope import extraction
+
+    monkeypatch.setattr("attnscope.plan._UNIT_LIMIT", 2)
+    loads: list[str] = []
+    load = extraction.load_model
+    monkeypatch.setattr(extraction, "load_model", lambda name, **options: loads.append(name) or load(name, **options))
+    asked = (str(tiny_vit), str(captioned_images), str(tmp_path / "run.zarr"), [QK_SVD], ExtractOptions(batch_size=2))
+    receipts = [stages.extract_part(*asked, seconds=0)]
+    while not receipts[-1]["finished"]:
+        receipts.append(stages.extract_part(*asked, seconds=0))
+    run = open_run(tmp_path / "run.zarr")
+    assert [receipt["done"] for receipt in receipts[:-1]] == [block.stop for block in run.blocks()]
+    assert len(loads) == 1
+    whole = tmp_path / "whole.zarr"
+    stages.extract_run(*asked[:2], str(whole), *asked[3:])
+    (site,) = run.sites
+    np.testing.assert_array_equal(run.attention(site), open_run(whole).attention(site))
+    assert stages._under_way == {}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from attnscope import __version__
-from attnscope.cli import errors, query, reference, runs, sql, studies
+from attnscope.cli import errors, query, reference, runs, scheduling, sql, studies
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,5 +82,13 @@ def main() -> None:
     """
 
 
-for command in (*studies.COMMANDS, query.query, sql.sql, *runs.COMMANDS, *reference.COMMANDS):
+COMMANDS = (
+    *studies.COMMANDS,
+    query.query,
+    sql.sql,
+    *runs.COMMANDS,
+    *scheduling.COMMANDS,
+    *reference.COMMANDS,
+)
+for command in COMMANDS:
     main.add_command(command)

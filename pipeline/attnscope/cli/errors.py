@@ -19,6 +19,8 @@ _EXTRA_OF = {
     "matplotlib": "report",
     "obstore": "cloud",
     "PIL": "extract",
+    "dask": "cluster",
+    "distributed": "cluster",
     "prefect": "flows",
     "pyarrow": "parquet",
     "safetensors": "extract",
@@ -50,7 +52,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         # Stores have requests under way in a thread of theirs; that these are dropped now is no news.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         return INTERRUPTED, "interrupted; what was finished is kept, and the same command goes on where it stopped"
-    if type(error).__module__.partition(".")[0] == "attnscope":
+    if type(error).__module__.partition(".")[0] in ("attnscope", "attnscope_flows"):
         blames_data = any(cls.__name__ in _BLAME_DATA for cls in type(error).__mro__)
         return DATA_AT_FAULT if blames_data else COMMAND_AT_FAULT, _one_line(error)
     if _arose_in(error.__traceback__) in _STORAGE:

@@ -10,7 +10,7 @@ import click
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
-    from attnscope.study import AnalyserChoice
+    from attnscope.study import AnalyserChoice, ClusterChoice
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
@@ -50,7 +50,7 @@ def extract_options(command: Command) -> Command:
         click.option("--revision", help="Branch, tag or commit of the model on its hub."),
         click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
         click.option("--limit", type=click.IntRange(min=1), help="Use only the first N samples.", metavar="N"),
-        click.option("--grow", is_flag=True, help="Add samples that the run doesn't know yet."),
+        click.option("--grow/--no-grow", default=None, help="Add samples that the run doesn't know yet."),
         click.option(
             "--deadline",
             type=click.FloatRange(min=0, min_open=True),
@@ -61,6 +61,42 @@ def extract_options(command: Command) -> Command:
     for option in reversed(declared):
         command = option(command)
     return command
+
+
+def cluster_options(command: Command) -> Command:
+    """`--cluster` and `--cluster-option`; they come as `cluster` and `cluster_assignments`, see `cluster_from`."""
+    declared = [
+        click.option(
+            "--cluster",
+            metavar="CLUSTER",
+            help="Work on a Dask cluster: the address of a scheduler, a number of local processes, or a class.",
+        ),
+        click.option(
+            "--cluster-option",
+            "cluster_assignments",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Option of the class of cluster; repeatable. Values are JSON where they parse.",
+        ),
+    ]
+    for option in reversed(declared):
+        command = option(command)
+    return command
+
+
+def cluster_from(cluster: str | None, assignments: Sequence[str]) -> "ClusterChoice | None":
+    """The cluster that was chosen, if any."""
+    from attnscope.study import ClusterChoice
+
+    options = {}
+    for assignment in assignments:
+        name, option, value = _parsed(assignment)
+        options[f"{name}.{option}" if name else option] = value
+    if cluster is None:
+        if assignments:
+            raise click.UsageError("--cluster-option needs --cluster")
+        return None
+    return ClusterChoice(at=cluster, options=options)
 
 
 def option_assignments(command: Command) -> Command:

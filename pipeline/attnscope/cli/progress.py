@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 _LINE_EVERY = 10.0
 _RENEW_EVERY = 0.1
+_BAR = 20
 
 
 class ProgressLine:
-    """Listens to an extraction and tells stderr: samples, samples a second, bytes, time left."""
+    """Listens to an extraction and tells stderr: a bar on a terminal, samples, samples a second, bytes, time left."""
 
     def __init__(self) -> None:
         self._stream = sys.stderr
@@ -34,7 +35,8 @@ class ProgressLine:
         if now - self._told < (_RENEW_EVERY if self._renews else _LINE_EVERY) and not (self._renews and last):
             return
         self._told = now
-        self._write(progress_words(progress, self._begun))
+        words = progress_words(progress, self._begun)
+        self._write(f"{bar(progress)} {words}" if self._renews and progress.stage != "plan" else words)
 
     def close(self) -> None:
         """Leave the terminal's line to what comes next."""
@@ -76,6 +78,12 @@ def progress_words(progress: "Progress", begun: "Progress | None" = None) -> str
         if progress.done < progress.total:
             parts.append(f"{time_words((progress.total - progress.done) / rate)} left")
     return ", ".join(parts)
+
+
+def bar(progress: "Progress") -> str:
+    """What is done as a bar."""
+    full = progress.done * _BAR // max(progress.total, 1)
+    return f"[{'#' * full}{'.' * (_BAR - full)}]"
 
 
 def size_words(count: int) -> str:

@@ -1,17 +1,18 @@
-"""`attnscope demo`, `extract`, `analyse`, `report` and `study`: from a model to a report."""
+"""`attnscope demo`, `extract`, `analyse`, `report`, `study` and `compare`: from a model to a report."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from attnscope.cli.errors import DataFault
-from attnscope.cli.options import choices_from, extract_options, option_assignments
+from attnscope.cli.options import choices_from, cluster_from, cluster_options, extract_options, option_assignments
 from attnscope.cli.progress import progress_line
 
 if TYPE_CHECKING:
-    from attnscope.study import AnalyserChoice, ExtractOptions, Receipt
+    from attnscope.study import AnalyserChoice, ClusterChoice, ExtractOptions, Receipt
 
 DEMO_MODEL, DEMO_SAMPLES = "embedded:dinov2-small", "embedded:photographs"
 DEMO_QUERY = "vision.self --sample {sample} --layer 11 --query cls --key image --mean head --top 10"
@@ -34,7 +35,8 @@ def demo(out: str, engine: str | None) -> None:
     """
     from attnscope.study import DEFAULT_CHOICES, RUN_NAME, ExtractOptions, join
 
-    done = _study(DEMO_MODEL, DEMO_SAMPLES, out, DEFAULT_CHOICES, ExtractOptions(), engine)
+    asked = (DEMO_MODEL, DEMO_SAMPLES, out, DEFAULT_CHOICES, ExtractOptions(), None)
+    done = _run(*asked, engine)
     _tell_study(done)
     run = join(out, RUN_NAME)
     click.echo(f"try:     attnscope query {run} {DEMO_QUERY.format(sample=_first_sample(run))}")
@@ -46,9 +48,17 @@ def demo(out: str, engine: str | None) -> None:
 @click.option("--out", required=True, help="Where the run goes: a folder, such as run.zarr, or a URL.")
 @click.option("--for", "names", multiple=True, metavar="ANALYSER", help="Record what this analyser needs; repeatable.")
 @option_assignments
+@cluster_options
 @extract_options
 def extract(
-    model: str, samples: str, out: str, names: Sequence[str], assignments: Sequence[str], **options: object
+    model: str,
+    samples: str,
+    out: str,
+    names: Sequence[str],
+    assignments: Sequence[str],
+    cluster: str | None,
+    cluster_assignments: Sequence[str],
+    **options: object,
 ) -> None:
     """Record what MODEL attends to in SAMPLES.
 
@@ -58,11 +68,9 @@ def extract(
     from attnscope.study import ExtractOptions, extract_run
 
     choices = choices_from(names, assignments)
+    chosen, on = ExtractOptions(**options), cluster_from(cluster, cluster_assignments)  # type: ignore[arg-type]
     with progress_line(model) as line:
-        done = _blaming_samples(
-            samples,
-            lambda: extract_run(model, samples, out, choices, ExtractOptions(**options), listener=line),  # type: ignore[arg-type]
-        )
+        done = _blaming_samples(samples, lambda: extract_run(model, samples, out, choices, chosen, on, listener=line))
     _tell_extracted(done)
 
 
@@ -70,20 +78,29 @@ def extract(
 @click.argument("run")
 @click.argument("names", metavar="[ANALYSER]...", nargs=-1)
 @option_assignments
-def analyse(run: str, names: Sequence[str], assignments: Sequence[str]) -> None:
+@cluster_options
+def analyse(
+    run: str,
+    names: Sequence[str],
+    assignments: Sequence[str],
+    cluster: str | None,
+    cluster_assignments: Sequence[str],
+) -> None:
     """Run analysers on a run and save what they give in it.
 
     Without an ANALYSER, all those whose needs the run meets.
     """
     from attnscope.run import open_run
-    from attnscope.study import analyse_run, fitting_analysers
+    from attnscope.study import analyse_run, fitting_analysers, held_cluster
 
+    on = cluster_from(cluster, cluster_assignments)
     opened = open_run(run)
     names = names or [choice.name for choice in fitting_analysers(opened)]
     if not names:
         raise click.UsageError(f"{run} meets the needs of no installed analyser; extract with --for ANALYSER")
-    for choice in choices_from(names, assignments):
-        _tell_analysed(analyse_run(run, choice))
+    with held_cluster(on):
+        for choice in choices_from(names, assignments):
+            _tell_analysed(analyse_run(run, choice, on))
 
 
 @click.command()
@@ -110,6 +127,7 @@ def report(run: str, out: str | None) -> None:
 @click.option("--analyser", "names", multiple=True, metavar="ANALYSER", help="Run this analyser; repeatable.")
 @option_assignments
 @engine_option
+@cluster_options
 @extract_options
 def study(
     model: str,
@@ -118,6 +136,8 @@ def study(
     names: Sequence[str],
     assignments: Sequence[str],
     engine: str | None,
+    cluster: str | None,
+    cluster_assignments: Sequence[str],
     **options: object,
 ) -> None:
     """Extract, analyse and report in one.
@@ -127,39 +147,72 @@ def study(
     from attnscope.study import DEFAULT_CHOICES, ExtractOptions
 
     choices = choices_from(names or [choice.name for choice in DEFAULT_CHOICES], assignments)
-    done = _study(model, samples, out, choices, ExtractOptions(**options), engine)  # type: ignore[arg-type]
-    _tell_study(done)
+    on = cluster_from(cluster, cluster_assignments)
+    _tell_study(_run(model, samples, out, choices, ExtractOptions(**options), on, engine))  # type: ignore[arg-type]
 
 
-def _study(
-    model: str,
+@click.command()
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option("--samples", required=True, help="What all of them look at.")
+@click.option("--out", required=True, type=_FOLDER, help="Folder for the runs and comparison.html.")
+@click.option("--analyser", "names", multiple=True, metavar="ANALYSER", help="Run this analyser; repeatable.")
+@option_assignments
+@engine_option
+@cluster_options
+@extract_options
+def compare(
+    models: Sequence[str],
+    samples: str,
+    out: str,
+    names: Sequence[str],
+    assignments: Sequence[str],
+    engine: str | None,
+    cluster: str | None,
+    cluster_assignments: Sequence[str],
+    **options: object,
+) -> None:
+    """Run the same study on several models, and show how they differ.
+
+    MODEL is as for study, such as the checkpoints of one training. Without --analyser: qk_svd and relevance.
+    """
+    from attnscope.study import DEFAULT_CHOICES, ExtractOptions
+
+    choices = choices_from(names or [choice.name for choice in DEFAULT_CHOICES], assignments)
+    on = cluster_from(cluster, cluster_assignments)
+    done = _run(list(models), samples, out, choices, ExtractOptions(**options), on, engine)  # type: ignore[arg-type]
+    runs = done["runs"]
+    assert isinstance(runs, dict)
+    for label, run in runs.items():
+        click.echo(f"{label}: {run}")
+    click.echo(f"report:  {done['report']}")
+
+
+def _run(
+    model: str | list[str],
     samples: str,
     out: str,
     choices: "Sequence[AnalyserChoice]",
     options: "ExtractOptions",
+    cluster: "ClusterChoice | None",
     engine: str | None,
 ) -> "Receipt":
-    """Run the study with Prefect if it is there and wanted, else inline."""
-    if (engine or default_engine()) == "inline":
-        return _inline_study(model, samples, out, choices, options)
-    from attnscope_flows import embedded
+    """Run the study, or the comparison of several models, with Prefect if it is there and wanted, else inline."""
+    alone = isinstance(model, str)
+    call: Callable[..., Receipt]
+    with progress_line(str(model) if alone else model[0]) as line:
+        if (engine or default_engine()) == "inline":
+            from attnscope.study import Stages, compare, extract_run, study
 
-    with progress_line(model) as line, embedded(line):
-        from attnscope_flows.study import study_flow
+            call = partial(study if alone else compare, stages=Stages(extract=partial(extract_run, listener=line)))
+            return _blaming_samples(samples, lambda: call(model, samples, out, choices, options, cluster))
+        from attnscope_flows import embedded
 
-        return _blaming_samples(samples, lambda: study_flow(model, samples, out, list(choices), options))
+        with embedded(line):
+            from attnscope_flows.study import compare_flow, study_flow
 
-
-def _inline_study(
-    model: str, samples: str, out: str, choices: "Sequence[AnalyserChoice]", options: "ExtractOptions"
-) -> "Receipt":
-    from functools import partial
-
-    from attnscope.study import extract_run, study
-
-    with progress_line(model) as line:
-        extract = partial(extract_run, listener=line)
-        return _blaming_samples(samples, lambda: study(model, samples, out, choices, options, extract=extract))
+            flows: dict[bool, Callable[..., Receipt]] = {True: study_flow, False: compare_flow}
+            call = flows[alone]
+            return _blaming_samples(samples, lambda: call(model, samples, out, list(choices), options, cluster))
 
 
 def default_engine() -> str:
@@ -212,4 +265,4 @@ def _first_sample(run: str) -> str:
     return opened.sample_ids[int((opened.status == EXTRACTED).argmax())]
 
 
-COMMANDS = (demo, extract, analyse, report, study)
+COMMANDS = (demo, extract, analyse, report, study, compare)
