@@ -54,7 +54,7 @@ class ProgressLine:
 def progress_line(model: str) -> Iterator[ProgressLine]:
     """A progress line that clears itself in the end, and the only one: the hub's own bars show downloads alone."""
     line = ProgressLine()
-    if not sys.stderr.isatty() or model.startswith("embedded:") or Path(model).is_dir():
+    if not sys.stderr.isatty() or model.startswith(("embedded:", "reference:")) or Path(model).is_dir():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         yield line

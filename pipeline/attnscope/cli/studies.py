@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from attnscope.study import AnalyserChoice, ClusterChoice, ExtractOptions, Receipt
 
 DEMO_MODEL, DEMO_SAMPLES = "embedded:dinov2-small", "embedded:photographs"
+DEFAULT_MODEL, DEFAULT_SAMPLES = "reference:clip", "reference:16"
+# Model and samples of each study of the demo, by its folder inside of the demo's.
+DEMO = {
+    "": (DEMO_MODEL, DEMO_SAMPLES),
+    "reference-clip": (DEFAULT_MODEL, DEFAULT_SAMPLES),
+    "reference-vilt": ("reference:vilt", DEFAULT_SAMPLES),
+    "reference-lxmert": ("reference:lxmert", DEFAULT_SAMPLES),
+}
 DEMO_QUERY = "vision.self --sample {sample} --layer 11 --query cls --key image --mean head --top 10"
 engine_option = click.option(
     "--engine",
@@ -28,16 +36,16 @@ _FOLDER = click.Path(file_okay=False)
 @click.option("--out", default="demo-out", show_default=True, type=_FOLDER, help="Folder for the run and the report.")
 @engine_option
 def demo(out: str, engine: str | None) -> None:
-    """Run a study on weights and photographs that installed packages carry.
+    """Run studies on models and images that installed packages and attnscope itself carry.
 
-    A vision transformer looks at photographs; the singular modes of its query-key interaction and the relevance of
-    its patches go into a report. No model hub is needed.
+    A vision transformer looks at photographs, and three tiny image-text models at generated scenes; the singular modes
+    of their query-key interactions and the relevance of patches and words go into reports. No model hub is needed.
     """
     from attnscope.study import DEFAULT_CHOICES, RUN_NAME, ExtractOptions, join
 
-    asked = (DEMO_MODEL, DEMO_SAMPLES, out, DEFAULT_CHOICES, ExtractOptions(), None)
-    done = _run(*asked, engine)
-    _tell_study(done)
+    for folder, (model, samples) in DEMO.items():
+        asked = (model, samples, str(Path(out, folder)), DEFAULT_CHOICES, ExtractOptions(), None)
+        _tell_study(_run(*asked, engine))
     run = join(out, RUN_NAME)
     click.echo(f"try:     attnscope query {run} {DEMO_QUERY.format(sample=_first_sample(run))}")
 
@@ -62,8 +70,8 @@ def extract(
 ) -> None:
     """Record what MODEL attends to in SAMPLES.
 
-    MODEL is a hub name, a folder with safetensors, or embedded:NAME. SAMPLES is a folder of images, a JSONL, CSV or
-    Parquet file, or embedded:NAME. The same command again does only what is missing.
+    MODEL is a hub name, a folder with safetensors, reference:NAME or embedded:NAME. SAMPLES is a folder of images, a
+    JSONL, CSV or Parquet file, reference:N or embedded:NAME. The same command again does only what is missing.
     """
     from attnscope.study import ExtractOptions, extract_run
 
@@ -121,8 +129,8 @@ def report(run: str, out: str | None) -> None:
 
 
 @click.command()
-@click.argument("model")
-@click.argument("samples")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.argument("samples", required=False)
 @click.option("--out", required=True, type=_FOLDER, help="Folder for the run and the report.")
 @click.option("--analyser", "names", multiple=True, metavar="ANALYSER", help="Run this analyser; repeatable.")
 @option_assignments
@@ -131,7 +139,7 @@ def report(run: str, out: str | None) -> None:
 @extract_options
 def study(
     model: str,
-    samples: str,
+    samples: str | None,
     out: str,
     names: Sequence[str],
     assignments: Sequence[str],
@@ -142,13 +150,19 @@ def study(
 ) -> None:
     """Extract, analyse and report in one.
 
-    Writes run.zarr and report.html into a folder. Without --analyser: qk_svd and relevance.
+    Writes run.zarr and report.html into a folder. Without MODEL and SAMPLES: a tiny CLIP that attnscope carries, on
+    generated scenes. A reference model needs no SAMPLES. Without --analyser: qk_svd and relevance.
     """
     from attnscope.study import DEFAULT_CHOICES, ExtractOptions
 
+    if samples is None and not model.startswith("reference:"):
+        raise click.UsageError(
+            f"name the samples that {model} shall see; reference models alone have scenes of their own"
+        )
     choices = choices_from(names or [choice.name for choice in DEFAULT_CHOICES], assignments)
     on = cluster_from(cluster, cluster_assignments)
-    _tell_study(_run(model, samples, out, choices, ExtractOptions(**options), on, engine))  # type: ignore[arg-type]
+    done = _run(model, samples or DEFAULT_SAMPLES, out, choices, ExtractOptions(**options), on, engine)  # type: ignore[arg-type]
+    _tell_study(done)
 
 
 @click.command()

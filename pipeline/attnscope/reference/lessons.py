@@ -4,14 +4,14 @@ Image and text together: masked words, whether a caption fits, the class of hidd
 The class of every unit that isn't hidden is asked as well: without this the masked words stay on a plateau for minutes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from attnscope.reference.captions import QUESTIONS
-from attnscope.reference.corpus import CLASSES, GROUND, MASK, NEGATIVES, ROLES, Corpus
+from attnscope.reference.corpus import CLASSES, CLS, GROUND, MASK, NEGATIVES, ROLES, SEP, Corpus
 from attnscope.reference.learners import Clip, Hidden, JointLearner
 from attnscope.reference.scenes import Generator
 
@@ -19,11 +19,51 @@ from attnscope.reference.scenes import Generator
 _WORDS, _MATCH, _UNITS, _ANSWERS = 80, 16, 8, 24
 HARD_SHARE = 0.25
 _PHRASE_SHARE = 0.2
+_ATTRIBUTE_ROLES = (ROLES.index("colour"), ROLES.index("shape"))
 _ROLE_WEIGHTS = dict(zip(ROLES, (0.0, 1.0, 1.0, 0.5, 1.5, 1.0, 0.5), strict=True))
 _NEGATIVE_WEIGHTS = dict(zip((*NEGATIVES, "other"), (0.4, 0.2, 0.2, 0.1, 0.1), strict=True))
 _QUESTION_WEIGHTS = dict(zip(QUESTIONS, (0.25, 0.25, 0.25, 0.1, 0.075, 0.075), strict=True))
 _UNIT_WEIGHT, _GROUND_WEIGHT = 0.5, 0.05
 _CONTRAST, _CONTRAST_NEGATIVES = 128, 64
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Captions, or phrases cut out of them, each array (row, token) as in a corpus."""
+
+    words: np.ndarray
+    roles: np.ndarray
+    determined: np.ndarray
+    phrases: np.ndarray
+
+    @classmethod
+    def of(cls, corpus: Corpus, scenes: np.ndarray) -> "Texts":
+        """The captions of scenes."""
+        return cls(corpus.words[scenes], corpus.roles[scenes], corpus.determined[scenes], corpus.phrases[scenes])
+
+    def cut(self, things: np.ndarray) -> "Texts":
+        """Of each row nothing but the phrase that mentions a thing (row,)."""
+        return Texts(**{n: cut_phrases(getattr(self, n), self.phrases, things) for n in vars(self)}).closed()
+
+    def closed(self) -> "Texts":
+        """The same with CLS before and SEP behind each phrase."""
+        words = self.words.copy()
+        words[:, 0] = CLS
+        words[np.arange(len(words)), (words > 0).sum(1)] = SEP
+        return replace(self, words=words)
+
+
+def cut_phrases(values: np.ndarray, phrases: np.ndarray, things: np.ndarray) -> np.ndarray:
+    """The values (row, token) at each row's phrase of a thing (row,), moved behind an empty first token.
+
+    For thing -1 what belongs to no phrase is left.
+    """
+    empty = -1 if values is phrases else 0
+    cut = np.full_like(values, empty)
+    for row, of_phrase in enumerate(phrases == things[:, None]):
+        chosen = values[row, of_phrase]
+        cut[row, 1 : len(chosen) + 1] = chosen
+    return cut
 
 
 @dataclass(frozen=True)
@@ -34,15 +74,28 @@ class Asked:
     wanted: np.ndarray
 
 
-def mask_words(corpus: Corpus, scenes: np.ndarray, rng: Generator) -> Asked:
-    """One to three determined words of each caption masked, or all words of one phrase."""
-    words, roles = corpus.words[scenes].astype(np.int64), corpus.roles[scenes]
-    weights = np.array([_ROLE_WEIGHTS[role] for role in ROLES])[roles] * corpus.determined[scenes]
-    chosen = _strongest(weights, rng.integers(1, 4, len(scenes)), rng)
-    phrases = corpus.phrases[scenes]
+def mask_words(texts: Texts, rng: Generator) -> Asked:
+    """One to three determined words of each text masked, or all words of one phrase."""
+    words, roles, phrases = texts.words.astype(np.int64), texts.roles, texts.phrases
+    weights = np.array([_ROLE_WEIGHTS[role] for role in ROLES])[roles] * texts.determined
+    chosen = _strongest(weights, rng.integers(1, 4, len(words)), rng)
     phrase = _one_of(phrases, phrases >= 0, rng)
-    whole = (rng.random(len(scenes)) < _PHRASE_SHARE) & (phrase >= 0)
+    whole = (rng.random(len(words)) < _PHRASE_SHARE) & (phrase >= 0)
     masked = np.where(whole[:, None], phrases == phrase[:, None], chosen)
+    return Asked(np.where(masked, MASK, words), np.where(masked, words, -100))
+
+
+def mask_in_phrases(texts: Texts, rng: Generator) -> Asked:
+    """One determined word masked of one phrase of each caption, which stands alone.
+
+    In a whole caption a masked word can often be told without the object: what the picture shows and no other phrase
+    names. A phrase alone leaves no other way than to find its object.
+    """
+    things = _one_of(texts.phrases, (texts.phrases >= 0) & texts.determined, rng)
+    alone = texts.cut(things)
+    weights = np.isin(alone.roles, _ATTRIBUTE_ROLES) * alone.determined * 1.0
+    masked = _strongest(weights, np.ones(len(weights), int), rng)
+    words = alone.words.astype(np.int64)
     return Asked(np.where(masked, MASK, words), np.where(masked, words, -100))
 
 
@@ -83,7 +136,7 @@ def word_losses(
 ) -> dict[str, Tensor]:
     """Masked words alone, for a model that sees no image."""
     scenes = draw_scenes(corpus, 2 * _WORDS, rng, hard_share)
-    asked = mask_words(corpus, scenes, rng)
+    asked = mask_words(Texts.of(corpus, scenes), rng)
     hidden = learner.encode(trimmed(asked.shown), learner.see(corpus, scenes))
     return {"words": _word_loss(learner, hidden, asked)}
 
@@ -94,12 +147,13 @@ def joint_losses(
     """Everything that is asked of a model that sees image and text, in one batch."""
     scenes = draw_scenes(corpus, _WORDS + _MATCH + _UNITS + _ANSWERS, rng, hard_share)
     said, matched, looked, questioned = np.split(scenes, np.cumsum([_WORDS, _MATCH, _UNITS]))
-    asked = mask_words(corpus, said, rng)
+    asked = _mask_both_ways(Texts.of(corpus, said), rng)
+    right, wrong = match_texts(corpus, matched, rng)
     kinds = _question_kinds(corpus, questioned, rng)
     texts = [
         asked.shown,
-        corpus.words[matched],
-        wrong_captions(corpus, matched, rng),
+        right,
+        wrong,
         corpus.words[looked],
         corpus.questions[questioned, kinds],
     ]
@@ -126,6 +180,26 @@ def joint_losses(
         "hidden_units": _UNIT_WEIGHT * nn.functional.cross_entropy(unit_logits[asks], truth[asks]),
         "units": _UNIT_WEIGHT * _unit_loss(unit_logits[~hides], truth[~hides]),
     }
+
+
+def _mask_both_ways(texts: Texts, rng: Generator) -> Asked:
+    """Half of the rows as phrases alone, the others as whole captions."""
+    half = len(texts.words) // 2
+    first, second = (Texts(**{n: v[part] for n, v in vars(texts).items()}) for part in (slice(half), slice(half, None)))
+    phrases, captions = mask_in_phrases(first, rng), mask_words(second, rng)
+    return Asked(np.concatenate([phrases.shown, captions.shown]), np.concatenate([phrases.wanted, captions.wanted]))
+
+
+def match_texts(corpus: Corpus, scenes: np.ndarray, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A right and a wrong text for each scene (row, token); for half of them a phrase with an attribute changed."""
+    right, wrong = corpus.words[scenes].copy(), wrong_captions(corpus, scenes, rng)
+    half = slice(len(scenes) // 2)
+    texts = Texts.of(corpus, scenes[half])
+    changed = corpus.negatives[scenes[half], NEGATIVES.index("attribute")]
+    things = texts.phrases[np.arange(len(changed)), (changed != texts.words).argmax(1)]
+    right[half] = texts.cut(things).words
+    wrong[half] = replace(texts, words=changed).cut(things).words
+    return right, wrong
 
 
 def contrastive_losses(

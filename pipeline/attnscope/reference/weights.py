@@ -35,6 +35,8 @@ def write_model(name: str, learner: nn.Module, folder: Path) -> None:
     if isinstance(units := getattr(learner, _UNITS, None), UnitClassifier):
         named |= {f"{_UNITS}.{n}": p.detach() for n, p in units.whole().named_parameters()}
     save_file(named, folder / WEIGHTS, {"format": "pt"})
+    # Written for its owner alone, but carried for everybody.
+    (folder / WEIGHTS).chmod(0o644)
     _write_processor(name, folder)
 
 

@@ -24,7 +24,16 @@ from attnscope.reference.corpus import (
 )
 from attnscope.reference.examining import Items, examine_words, hide_everything, hide_thing
 from attnscope.reference.learners import LEARNERS, Clip, Vilt
-from attnscope.reference.lessons import contrastive_losses, joint_losses, mask_words, word_losses, wrong_captions
+from attnscope.reference.lessons import (
+    Texts,
+    contrastive_losses,
+    joint_losses,
+    mask_in_phrases,
+    mask_words,
+    match_texts,
+    word_losses,
+    wrong_captions,
+)
 from attnscope.reference.making import ReferenceError, recipe_of
 from attnscope.reference.scenes import draw_scene
 from attnscope.reference.training import RECIPES, Training
@@ -167,7 +176,7 @@ def test_the_corpus_is_what_the_scenes_are(corpus: Corpus) -> None:
 
 def test_masked_words_are_those_that_are_asked_for(corpus: Corpus) -> None:
     scenes = np.arange(len(corpus))
-    asked = mask_words(corpus, scenes, np.random.default_rng(0))
+    asked = mask_words(Texts.of(corpus, scenes), np.random.default_rng(0))
     masked = asked.shown == MASK
     assert (asked.shown == np.where(masked, MASK, corpus.words)).all()
     wanted = asked.wanted >= 0
@@ -179,6 +188,31 @@ def test_masked_words_are_those_that_are_asked_for(corpus: Corpus) -> None:
     assert (wanted == (corpus.phrases == phrase[:, None]))[whole].all()
     assert wanted[~whole].sum(1).min() == 1 and wanted[~whole].sum(1).max() == 3
     assert {ROLES[r] for r in corpus.roles[~whole][wanted[~whole]]} == set(ROLES) - {""}
+
+
+def test_phrases_alone_are_asked_for_an_attribute(corpus: Corpus) -> None:
+    scenes = np.arange(len(corpus))
+    asked = mask_in_phrases(Texts.of(corpus, scenes), np.random.default_rng(0))
+    assert (asked.wanted >= 0).sum(1).max() == 1
+    # Of a phrase whose size alone is determined, nothing is asked.
+    assert (asked.wanted >= 0).sum() > 0.9 * len(corpus)
+    for scene, (shown, wanted) in enumerate(zip(asked.shown, asked.wanted, strict=True)):
+        assert (shown[wanted >= 0] == MASK).all()
+        full = np.where(wanted >= 0, wanted, shown)
+        words = [VOCABULARY[i] for i in full if i != PAD]
+        assert words[:2] == ["[CLS]", "a"] and words[-1] == "[SEP]" and len(words) in (5, 6)
+        assert any({*words[2:-1]} <= {t.colour, t.shape, t.size} for t in draw_scene("train", scene).things)
+
+
+def test_half_of_the_pairs_are_phrases_of_which_one_is_false(corpus: Corpus) -> None:
+    scenes = np.arange(len(corpus))
+    right, wrong = match_texts(corpus, scenes, np.random.default_rng(0))
+    for scene in scenes[: len(scenes) // 2]:
+        pairs = [{VOCABULARY[i] for i in text if i != PAD} for text in (right[scene], wrong[scene])]
+        there = [{t.colour, t.shape} for t in draw_scene("train", scene).things]
+        assert any(pair <= pairs[0] for pair in there)
+        assert not any(pair <= pairs[1] for pair in there)
+    assert (right[len(scenes) // 2 :] == corpus.words[len(scenes) // 2 :]).all()
 
 
 def test_wrong_captions_differ_from_the_true_ones(corpus: Corpus) -> None:
