@@ -252,14 +252,17 @@ def _direction_elements(part: xr.Dataset, direction: str) -> Iterator[Element]:
         one = part.sel(operator=operator)
         loss, low, high = (one[f"loss{suffix}"].values for suffix in ("", "_low", "_high"))
         caption = f"Operator {operator}; {int(one['examples'])} examples, {int(one['skipped'])} left out."
-        yield Bars(names, loss, low, high, f"loss ({unit})", caption)
-        rows = [
-            [name, _told(one.sel(level=level), "loss"), _told(one.sel(level=level), "influence"),
-             float(one["effect_size"].sel(level=level)), float(one["correct"].sel(level=level))]
-            for name, level in zip(names, one["level"].values, strict=True)
-        ]  # fmt: skip
-        yield Table(["taken away", f"loss ({unit})", f"influence ({unit})", "effect size", "told right"], rows,
-                    f"Operator {operator}: mean over examples and 95 % interval over samples.")  # fmt: skip
+        label = f"loss ({unit})" if unit == "bit" else f"negative score ({unit})"
+        yield Bars(names, loss, low, high, label, caption)
+        columns = ["taken away", label, f"influence ({unit})", "effect size"]
+        rows: list[list[object]] = [
+            [name, _told(at, "loss"), _told(at, "influence"), float(at["effect_size"])]
+            for name, at in ((n, one.sel(level=v)) for n, v in zip(names, one["level"].values, strict=True))
+        ]
+        if np.isfinite(one["correct"]).any():
+            columns.append("told right")
+            rows = [[*row, float(told)] for row, told in zip(rows, one["correct"].values, strict=True)]
+        yield Table(columns, rows, f"Operator {operator}: mean over examples and 95 % interval over samples.")
     if part.sizes["operator"] > 1:
         spread = part["influence"].sel(level="all")
         least, most = float(spread.min()), float(spread.max())

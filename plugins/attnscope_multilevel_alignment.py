@@ -5,8 +5,9 @@
 2. Token: where do the words of a phrase look? Their map over the image is held against the box that the phrase names:
    the pointing game, the mass inside, and which box has the most mass for its size; and what the words of a phrase
    cost to tell with and without the image.
-3. Concept: do the tokens that the CLS token attends to most name what the image shows? As the paper chooses keywords
-   (the four largest weights of the head mean) and as its code does (four votes of every head, the five with most).
+3. Concept: do the tokens that the CLS token attends to most (the last token of a text that is read from left to right)
+   name what the image shows? As the paper chooses keywords (the four largest weights of the head mean) and as its code
+   does (four votes of every head, the five with most).
 
 The levels, the grounding and the keywords: Khan, Z. et al., "Single-Stream Multi-Level Alignment for Vision-Language
 Pretraining" (SIMLA), ECCV 2022, sections 3.5 and supplement 3. Its map is attention times the positive part of its
@@ -113,7 +114,8 @@ class MultilevelAlignment:
     `site` is attention from words to image tokens, by default the first that there is; `maps` are its 'attention' (head
     mean) or 'gradcam' (times the positive part of the gradient, as SIMLA has it). `retrieval` needs a dual encoder,
     `negatives` samples with `targets['negative']`, `reconstruction` a model that tells masked words. A patch lies in a
-    box that covers the share `inside` of it; phrases whose boxes cover more than `largest` of the image are left out.
+    box when it holds at least the share `inside` of what the patch that holds most of it does; phrases whose boxes
+    cover more than `largest` of the image are left out.
     """
 
     name: ClassVar[str] = "multilevel_alignment"
@@ -267,7 +269,12 @@ class MultilevelAlignment:
                 if not content.any() or not is_cls[row].any():
                     continue
                 chance[position, 0] = content.sum() / allowed.sum()
-                weights = attention.isel(sample=int(position), query_token=int(is_cls[row].argmax())).values
+                at = int(is_cls[row].argmax())
+                weights = attention.isel(sample=int(position), query_token=at).values
+                if not np.nan_to_num(weights)[..., allowed].any():
+                    # Of a text that is read from left to right, CLS sees itself alone; its last token sees all.
+                    at = int(np.flatnonzero(words[row])[-1])
+                    weights = attention.isel(sample=int(position), query_token=at).values
                 for layer, one in enumerate(np.nan_to_num(weights.astype(float))):
                     for way, choose in enumerate((keywords_of_the_paper, keywords_of_the_code)):
                         chosen = choose(one, allowed)
@@ -342,7 +349,7 @@ class _Grounded:
             return None
         words = np.flatnonzero((np.nan_to_num(self._words[mine[0]]) >= 0.5) & self._is_word)
         covered = self._shares[mine].max(0)
-        if not len(words) or covered.mean() > self._options.largest or not (covered >= self._options.inside).any():
+        if not len(words) or covered.mean() > self._options.largest or not covered.any():
             return None
         return words, np.array(mine)
 
@@ -354,7 +361,7 @@ class _Grounded:
         if not values.any():
             return {"pointing": 0.0, "mass": 0.0, "box": 0.0}
         found = {
-            "pointing": point(values, covered >= self._options.inside),
+            "pointing": point(values, covered >= self._options.inside * covered.max()),
             "mass": mass_inside(values, covered),
         }
         candidates = self._candidates()
@@ -367,7 +374,8 @@ class _Grounded:
     def chances(self, target: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
         """What a map without any knowledge would reach."""
         covered = self._shares[target[1]].max(0)
-        found = {"pointing": float((covered >= self._options.inside).mean()), "mass": float(covered.mean())}
+        inside = covered >= self._options.inside * covered.max()
+        found = {"pointing": float(inside.mean()), "mass": float(covered.mean())}
         candidates = self._candidates()
         if len(candidates) > 1:
             found["box"] = float(np.mean([self._is_his(n, target[1]) for n in candidates]))

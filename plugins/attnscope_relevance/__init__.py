@@ -24,6 +24,7 @@ import xarray as xr
 
 from attnscope import ExtractSpec, Run, bootstrap_interval, hookimpl
 from attnscope.report import Citation, Element, Heading, Note, Paragraph, Table
+from attnscope_relevance.grounding import point
 from attnscope_relevance.reading import METHODS, Reader, kind_codes, reach
 from attnscope_relevance.showing import BESIDE_CONTENT, sample_elements, summary
 from attnscope_relevance.walking import Event
@@ -105,6 +106,7 @@ class Relevance:
             for stream in reached:
                 dead[stream][:, sample] = reader.dead_rows(int(sample), stream)
         parts = [self._describe(run, s, found[s], dead[s]) for s in reached]
+        parts = [part.assign(self._pointing(run, s, found[s])) for s, part in zip(reached, parts, strict=True)]
         along = xr.Variable("stream", np.array(reached, object))
         joined = xr.concat(parts, along, join="outer", coords=list(_TOKEN_FIELDS), fill_value=_FILL)
         result = joined.assign_attrs(
@@ -185,6 +187,19 @@ class Relevance:
         }
         return xr.Dataset(variables, coordinates)
 
+    def _pointing(self, run: Run, stream: str, relevance: np.ndarray) -> dict[str, xr.Variable]:
+        """How often the strongest patch lies in a box that the text names, and how often any patch would."""
+        hits, chance = point(run, stream, relevance)
+        low, high = bootstrap_interval(hits.T, seed=self.seed)
+        described = {
+            "pointing": (("ranking", "sample"), hits),
+            "pointing_mean": ("ranking", _mean(hits)),
+            "pointing_low": ("ranking", low),
+            "pointing_high": ("ranking", high),
+            "pointing_chance": ("sample", chance),
+        }
+        return {n: xr.Variable(d, v, {"long_name": _MEANINGS[n], "units": "1"}) for n, (d, v) in described.items()}
+
     def report(self, result: xr.Dataset) -> Iterator[Element]:
         target = f" (target: {result.attrs['target']})" if result.attrs.get("target") else ""
         yield Paragraph(
@@ -224,6 +239,11 @@ _MEANINGS = {
     "agreement_mean": "mean of agreement over samples",
     "agreement_low": "lower end of the interval of agreement_mean over samples",
     "agreement_high": "upper end of the interval of agreement_mean over samples",
+    "pointing": "1 where the strongest patch lies in a box that the text (or its masked phrase) names, 0 elsewhere",
+    "pointing_mean": "mean of pointing over samples",
+    "pointing_low": "lower end of the interval of pointing_mean over samples",
+    "pointing_high": "upper end of the interval of pointing_mean over samples",
+    "pointing_chance": "share of the patches that lie in such a box",
     "dead_rows": "number of query rows, over all layers, without a valid key",
     "dead_relevance": "number of tokens, over all steps between streams, whose relevance was nil and stayed so",
 }

@@ -48,6 +48,9 @@ def summary(result: xr.Dataset) -> tuple[list[str], list[tuple[object, ...]], st
     methods, pairs = result["ranking"].values, result["pair"].values
     rows = [line(f"share in the top tenth, {m}", "concentration", result.sel(ranking=m)) for m in methods]
     rows += [line(f"rank correlation, {p}", "agreement", result.sel(pair=p)) for p in pairs]
+    if np.isfinite(result["pointing_mean"]).any():
+        rows += [line(f"pointing, {m}", "pointing", result.sel(ranking=m)) for m in methods]
+        rows.append(("pointing, chance", float(result["pointing_chance"].mean()), np.nan, np.nan))
     used = int(np.isfinite(result["concentration"].values).all(0).sum())
     caption = f"Over the content tokens of {used} samples: mean and 95 % bootstrap interval over samples."
     return ["", "mean", "low", "high"], rows, caption
