@@ -6,7 +6,7 @@
    keys, entropy.
 3. Is what it ranks first significant? Keys are taken away in its order, the model's own attention is made to sum to 1
    over those that are left, and the change of the head's output is measured (deletion, insertion). The model itself is
-   not run again; `Ranking.by('alignment_scores', 'received', {'keep_received': True})` does that.
+   not run again: analyser 'faithfulness' does that, with this one's `received_<score>` as rankings (`keep_received`).
 4. Where samples carry regions: does the attention from a region's tokens, or from the words that name it, fall on it?
 
 Cao, F. et al., "Understanding Attention for Vision-and-Language Tasks", COLING 2022. The measures of 3 are attnscope's.
@@ -67,7 +67,8 @@ class AlignmentScores:
     token that asks). `queries` is how many rows of each sample and layer are measured, evenly spread; `pairs` how many
     pairs of keys Kendall's tau is taken over; `top` how many keys are the strongest; `fractions` what deletion and
     insertion take. A token belongs to a region that covers the share `inside` of it; regions of more than the share
-    `largest` of the tokens are ground. `keep_received` keeps how much attention every token gets, sample by sample.
+    `largest` of the tokens are ground. `keep_received` keeps how much attention every token gets, sample by sample:
+    `received_<score>` (site, sample, token), which grows with their number.
     """
 
     name: ClassVar[str] = "alignment_scores"
@@ -133,25 +134,25 @@ class AlignmentScores:
             for part in parts:
                 if not first:
                     first.append(part[list(_ONCE)].assign_attrs(part.attrs))
-                yield part[[*sums_in(part), *(n for n in ("received",) if n in part)]]
+                yield part[[*sums_in(part), *_received_in(part)]]
 
         tallies = passing()
         head = next(tallies)
         return self._finished((p for some in ([head], tallies) for p in some), first[0]).assign_attrs(first[0].attrs)
 
     def _finished(self, tallies: Iterable[xr.Dataset], once: xr.Dataset) -> xr.Dataset:
-        received: list[xr.DataArray] = []
+        received: list[xr.Dataset] = []
 
         def passing() -> Iterator[xr.Dataset]:
             for tally in tallies:
-                received.extend([tally["received"]] if "received" in tally else [])
+                received.extend([tally[_received_in(tally)]] if _received_in(tally) else [])
                 yield tally
 
         result = with_intervals(add_sums(passing())).merge(once, compat="override", join="outer")
         if not received:
             return result
-        kept = xr.concat(received, "sample", join="outer", coords="minimal", compat="override")
-        return result.assign(received=kept.assign_attrs(_describe("received")))
+        kept = xr.concat(received, "sample", data_vars="minimal", join="outer", coords="minimal", compat="override")
+        return result.merge(kept, compat="override", join="outer")
 
     # -- what is learned --------------------------------------------------------------------------------------------
 
@@ -237,12 +238,12 @@ class AlignmentScores:
             values, received = self._site(run, site, chosen, {at: p for at, (p, _, _) in parameters.items()})
             counted = np.isin(chosen, evaluated)
             sums = sample_sums(values.isel(sample=counted), chosen[counted], draws=self.draws, seed=self.seed)
-            parts[site] = sums if received is None else sums.assign(received=received)
+            parts[site] = sums if received is None else sums.merge(self._kept(run, block, chosen, received))
         return join_sites(parts)
 
     def _site(
         self, run: Run, site: str, positions: np.ndarray, parameters: Mapping[tuple[str, int], Parameters]
-    ) -> tuple[xr.Dataset, xr.DataArray | None]:
+    ) -> tuple[xr.Dataset, np.ndarray | None]:
         """What is known of each sample at one site, and how much attention its tokens get if that is to be kept."""
         plan = run.plan.sites[site]
         layers = chosen_layers(run, site, self.layers)
@@ -279,12 +280,21 @@ class AlignmentScores:
         measured = self._named(compared, curves, grounded, chance)
         coordinates = {"alignment": np.array(self.alignments, object), "layer": list(layers),
                        "direction": list(_DIRECTIONS), "fraction": list(self.fractions)}  # fmt: skip
-        if received is None:
-            return xr.Dataset(measured, coordinates), None
-        names = {"alignment": coordinates["alignment"], "sample": np.array(run.sample_ids, object)[positions],
-                 "token": np.arange(plan.key_tokens)}  # fmt: skip
-        kept = xr.DataArray(received.astype(np.float32), names, ("alignment", "sample", "token"))
-        return xr.Dataset(measured, coordinates), kept
+        return xr.Dataset(measured, coordinates), received
+
+    def _kept(self, run: Run, block: range, positions: np.ndarray, received: np.ndarray) -> xr.Dataset:
+        """What each token of a block gets, by score; NaN for samples that aren't there and tokens of padding."""
+        kept = np.full((len(self.alignments), len(block), received.shape[-1]), np.nan, np.float32)
+        kept[:, positions - block.start] = received
+        names = {
+            "sample": np.array(run.sample_ids, object)[block.start : block.stop],
+            "token": np.arange(kept.shape[-1]),
+        }
+        found = {
+            f"{_RECEIVED}{name}": xr.Variable(("sample", "token"), values, _describe(_RECEIVED))
+            for name, values in zip(self.alignments, kept, strict=True)
+        }
+        return xr.Dataset(found, names)
 
     def _compare(
         self,
@@ -466,6 +476,7 @@ class _Scored:
         return np.argsort(self._random[keys])
 
 
+_RECEIVED = "received_"
 _ONCE = ("fit_loss_before", "fit_loss_after", "trained_score")
 _MEANINGS = {
     "divergence": ("Jensen-Shannon divergence from the model's own attention, mean over heads and rows", "nat"),
@@ -485,7 +496,7 @@ _MEANINGS = {
     "mass": ("part of the weights that falls into the region that the token belongs to", "1"),
     "region_overlap": ("intersection over union of the region and as many keys with the most weight", "1"),
     "chance": ("pointing and mass of attention alike to all keys: the region's share of the keys", "1"),
-    "received": ("attention that a token gets, mean over layers, heads and rows", "1"),
+    _RECEIVED: ("attention that a token gets, mean over layers, heads and rows", "1"),
     "fit_loss_before": ("loss of a learned score where its fit began", "nat"),
     "fit_loss_after": ("loss of a learned score on its training samples after the fit", "nat"),
     "trained_score": ("what a model trained with this score in its attention reaches; not measured in this run", "1"),
@@ -495,6 +506,10 @@ _MEANINGS = {
 def _describe(name: str) -> dict[str, str]:
     meaning, unit = _MEANINGS[name]
     return {"long_name": meaning, "units": unit}
+
+
+def _received_in(result: xr.Dataset) -> list[str]:
+    return [str(name) for name in result.data_vars if str(name).startswith(_RECEIVED)]
 
 
 def _mean(values: np.ndarray) -> np.ndarray:

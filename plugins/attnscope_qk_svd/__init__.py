@@ -46,11 +46,12 @@ _ROTARY = (
     " weights don't show: modes of W_q^T W_k describe tokens at equal positions only"
 )
 _RECTANGULAR = "queries and keys have different features, so that cosines aren't defined; singular values are given"
+_NO_WEIGHTS = "the model makes its queries and keys with no linear layers that attnscope knows"
 _NO_MAPS = {
     "rotary": "no maps of modes: queries aren't the plain projections of their input, so that inputs can't be read off",
     "unknown": "no maps of modes: it wasn't seen whether queries are the plain projections of their input",
     "norm_gain": "no maps of modes: with the norm's gain in the weights they'd need its shift too, which isn't stored",
-    "absent": "no maps of modes: the run holds no queries and keys; extract with the option on_samples=yes",
+    "absent": "no maps of modes: the run holds no queries and keys (on_samples=yes records them where it can)",
 }
 
 
@@ -92,11 +93,9 @@ class QKSVD:
 
     def analyse(self, run: Run) -> xr.Dataset:
         """Modes, cosines and averages with dims (site, layer, head, mode); NaN where a site is smaller than another."""
-        weights, found, caveats = {}, {}, []
-        for site in self.sites or run.sites:
-            weights[site] = run.weights(site)
-            found[site] = self._site(site, weights[site])
-            caveats += [f"{site}: {text}" for text in _caveats(weights[site])]
+        weights, caveats = self._weights(run)
+        found = {site: self._site(site, stored) for site, stored in weights.items()}
+        caveats += [f"{site}: {text}" for site, stored in weights.items() for text in _caveats(stored)]
         by_weights = join_sites(found, {"degenerate_group": -1}).transpose("site", "layer", "head", "mode", ...)
         by_weights["degenerate_group"] = by_weights["degenerate_group"].astype(np.int64)
         attended = [s for s in weights if self.on_samples != "no" and "attention" in run.quantities(s)]
@@ -117,6 +116,20 @@ class QKSVD:
         options = Options(self.top_images, self.shown_images, self.largest, self.draws, self.seed)
         tallies = (_joined(tally_block(run, block, layers, modes, options)) for block in run.blocks())
         return self._finished(by_weights, tallies).assign_attrs(attrs)
+
+    def _weights(self, run: Run) -> tuple[dict[str, xr.Dataset], list[str]]:
+        """The weights of every site that has any, and what is said of the others."""
+        found, caveats = {}, []
+        for site in self.sites or run.sites:
+            try:
+                found[site] = run.weights(site)
+            except ValueError:
+                if self.sites:
+                    raise
+                caveats.append(f"{site}: {_NO_WEIGHTS}")
+        if not found:
+            raise ValueError(f"{run.location} holds the query and key projections of no site: {_NO_WEIGHTS}")
+        return found, caveats
 
     def combine(self, parts: Iterable[xr.Dataset]) -> xr.Dataset:
         """One result of those of parts of a run; what rests on the weights alone is the same in all of them."""
@@ -159,7 +172,8 @@ class QKSVD:
         return result
 
     def _why_no_maps(self, run: Run, site: str, weights: xr.Dataset) -> str:
-        if not {"query", "key"} <= set(run.quantities(site)):
+        # A model with attention code of its own may show its attention and no queries and keys.
+        if not {"query", "key"} <= set(run.quantities(site)) or not run.plan.sites[site].channels:
             return "absent"
         if self.use_norm_gain:
             return "norm_gain"

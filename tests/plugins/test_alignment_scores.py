@@ -9,6 +9,8 @@ import xarray as xr
 
 from attnscope import ExtractSpec, analyse, extract
 from attnscope.analysis import make_analyser
+from attnscope.conditions import Ranking
+from attnscope.perturbing import ranking_values
 from attnscope.run import MissingQuantity
 from attnscope.testing import check_analyser, make_run
 from attnscope_alignment_scores import AlignmentScores, comparing, fitting, scores
@@ -415,17 +417,22 @@ def test_one_sample_is_measured_without_learned_scores(known_run) -> None:  # ty
     assert "none to fit" in "".join(element.html() for element in QUICK.report(result))
 
 
-def test_attention_that_tokens_get_can_be_kept_sample_by_sample(known) -> None:  # type: ignore[no-untyped-def]
-    analyser = dataclasses.replace(
-        QUICK, sites=("vision.self",), alignments=("model",), keep_received=True, queries=100
-    )
+def test_attention_that_tokens_get_can_be_kept_and_ranks_them(known) -> None:  # type: ignore[no-untyped-def]
+    options = {"sites": ("vision.self",), "alignments": ("model", "cosine"), "keep_received": True, "queries": 100}
+    analyser = dataclasses.replace(QUICK, **options)
     result = analyse(known.run, analyser, save=False)
-    assert result["received"].dims == ("site", "alignment", "sample", "token")
-    assert list(result["sample"].values) == ["s0", "s1", "s3"]
+    assert result["received_cosine"].dims == ("site", "sample", "token")
+    # Rankings are by position: a sample that was left out keeps its place.
+    assert list(result["sample"].values) == ["s0", "s1", "s2", "s3"]
+    assert result["received_model"].sel(sample="s2").isnull().all()
     expected = np.mean([known.attention["vision.self", layer][3].mean((0, 1)) for layer in (0, 1)], 0)
-    np.testing.assert_allclose(
-        result["received"].sel(site="vision.self", alignment="model", sample="s3"), expected, rtol=1e-5
-    )
+    found = result["received_model"].sel(site="vision.self", sample="s3")
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    parts = analyser.combine([analyser.analyse(known.run.part(range(a, b))) for a, b in ((0, 2), (2, 4))])
+    xr.testing.assert_allclose(parts, result)
+    ranking = Ranking.by("alignment_scores", "received_model", dataclasses.asdict(analyser))
+    ranks = ranking_values(known.run, ranking)
+    np.testing.assert_allclose(ranks["vision"][3], expected, rtol=1e-5)
 
 
 def test_rounded_attention_keeps_its_small_keys_and_its_causal_mask(known_run) -> None:  # type: ignore[no-untyped-def]

@@ -206,7 +206,11 @@ class MadeWeights:
         self._weights = {name.replace("_", "."): weights for name, weights in sites.items()}
         self.sites = tuple(self._weights)
 
+    location = "made"
+
     def weights(self, site: str) -> xr.Dataset:
+        if not self._weights[site]:
+            raise ValueError(f"no weights of {site}")
         return self._weights[site]
 
     def quantities(self, site: str) -> tuple[str, ...]:
@@ -351,3 +355,13 @@ def test_options_come_by_name_and_wrong_ones_are_refused(make_run_of_weights: Ru
 @pytest.fixture
 def make_run_of_weights() -> Run:
     return make_run(quantities=frozenset({"weights"}))
+
+
+def test_a_site_without_projections_is_left_out_by_name(projections) -> None:  # type: ignore[no-untyped-def]
+    both = MadeWeights(text_self=made_weights(*projections), vision_self=xr.Dataset())
+    result = QKSVD().analyse(both)  # type: ignore[arg-type]
+    assert list(result["site"].values) == ["text.self"]
+    assert "vision.self: the model makes its queries and keys with no linear layers" in result.attrs["caveats"]
+    for run, sites in ((both, ("vision.self",)), (MadeWeights(vision_self=xr.Dataset()), None)):
+        with pytest.raises(ValueError, match=r"no weights of|of no site"):
+            QKSVD(sites=sites).analyse(run)  # type: ignore[arg-type]
