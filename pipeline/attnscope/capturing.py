@@ -18,7 +18,7 @@ from attnscope.recording.calls import unseen
 from attnscope.run import Run
 from attnscope.summaries import Kinds, Summaries, TokenKinds
 from attnscope.tokens import KIND_CODES
-from attnscope.writing import BlockBuffer, encoded, head_tiles
+from attnscope.writing import BlockBuffer, encoded, head_tiles, on_host
 
 _LOG_SUM_EXP_TOLERANCE = 1e-3
 
@@ -253,7 +253,7 @@ def _by_head_tiles(
     wanted: frozenset[str],
     beside: Summaries | None,
 ) -> dict[str, np.ndarray]:
-    full: dict[str, list[np.ndarray]] = {}
+    full: dict[str, list[torch.Tensor]] = {}
     sums: dict[str, torch.Tensor] = {}
     if not wanted & (SUMMARIES | GRADIENT_QUANTITIES | {"attention", "attention_mean"}):
         return {}
@@ -261,7 +261,7 @@ def _by_head_tiles(
         attention = call.attention(heads=heads)
         check_rows(attention, call)
         if "attention" in wanted:
-            full.setdefault("attention", []).append(encoded(attention, spec.encoding).cpu().numpy())
+            full.setdefault("attention", []).append(encoded(attention, spec.encoding))
         if beside is not None:
             beside.add(attention)
         if "attention_mean" in wanted:
@@ -270,7 +270,7 @@ def _by_head_tiles(
             continue
         slope = torch.zeros_like(attention) if gradient is None else call.attention_gradient(gradient, heads=heads)
         if "attention_grad" in wanted:
-            full.setdefault("attention_grad", []).append(slope.cpu().numpy())
+            full.setdefault("attention_grad", []).append(slope)
         if "attention_relevance" in wanted:
             # Not in place: what is stored of the two tensors may be their own memory.
             _accumulate(sums, "attention_relevance", (attention * slope).clamp_(min=0).sum(dim=1))
@@ -280,7 +280,7 @@ def _by_head_tiles(
             # The derivative by a weight that a mask holds at zero says nothing.
             total = (slope * (attention > 0)).sum(dim=(2, 3), keepdim=True)
             _accumulate(sums, "attention_gradcam", (attention * total).sum(dim=1))
-    found = {name: parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1) for name, parts in full.items()}
+    found = {name: on_host(parts) for name, parts in full.items()}
     found |= {name: (total / call.shape[1]).cpu().numpy() for name, total in sums.items()}
     return found if beside is None else found | beside.arrays()
 

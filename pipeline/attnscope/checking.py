@@ -333,7 +333,9 @@ class _SiteLook:
         self._query_kind = _read_whole(arrays, f"{plan.queries}/kind")
         self._key_kind = _read_whole(arrays, f"{plan.keys}/kind")
         self._tolerance = _tolerance(run.spec, plan.key_tokens)
-        self._sinks = [recipe.sinks is not None for recipe in plan.recipes] or [False] * len(plan.layers)
+        self._sinks = [recipe.sinks is not None for recipe in plan.recipes] or [
+            position in plan.leaky for position in range(len(plan.layers))
+        ]
 
     def __call__(self, region: Region, values: np.ndarray) -> Iterator[Fault]:
         if self._valid is None or self._query_kind is None or self._key_kind is None:

@@ -41,7 +41,8 @@ class SitePlan:
     the model's, in which query and key are stored; `recipes` (one a layer) stand where the form is 'factored'. Where it
     is 'ragged', a sample has `elements` weights in a head on average, and room for `block_elements` of them is kept for
     each block, in chunks of `chunk_elements`. `turns` are the places of the layers in the order in which the model ran
-    the attention of all sites.
+    the attention of all sites. `leaky` are the positions of layers whose rows may sum to less than 1, as they do where
+    sinks have a share.
     """
 
     queries: str
@@ -64,6 +65,7 @@ class SitePlan:
     elements: int = 0
     block_elements: int = 0
     chunk_elements: int = 0
+    leaky: tuple[int, ...] = ()
 
     @property
     def factored_bytes(self) -> int:

@@ -50,7 +50,7 @@ def recipe_of(call: AttentionCall) -> Recipe | None:
     """The recipe of a call; None where query and key don't determine its attention together with boolean rules."""
     if call.query is None or call.key is None or call.probabilities is not None or call.bias is not None:
         return None
-    if not _is_boolean(call.mask):
+    if not _is_boolean(call.mask) or (call.sinks is not None and call.sinks.dim() > 1):
         return None
     _, _, queries, keys = call.shape
     return Recipe(

@@ -19,7 +19,7 @@ from attnscope.stores import write
 
 _SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
 _NO_CHUNK = 2**64 - 1
-_Encoder = Callable[[np.ndarray], bytes]
+_Encoder = Callable[[np.ndarray], list[bytes]]
 _Codec = Mapping[str, object]
 
 
@@ -40,13 +40,13 @@ def write_shard(array: zarr.Array, first: Sequence[int], values: np.ndarray) -> 
     if values.size % rows or length % chunk[-1] or not 0 < length <= shape[-1]:
         return False
     values = values.reshape(*shape[:-1], length)
-    content = _sharded(values, shape, chunk, encode) if array.shards else encode(values)
+    content = b"".join(_sharded(values, shape, chunk, encode) if array.shards else encode(values))
     key = array.metadata.encode_chunk_key(tuple(f // s for f, s in zip(first, shape, strict=True)))
     write(array.store, f"{array.path}/{key}", content)
     return True
 
 
-def _sharded(values: np.ndarray, shape: Sequence[int], chunk: Sequence[int], encode: _Encoder) -> bytes:
+def _sharded(values: np.ndarray, shape: Sequence[int], chunk: Sequence[int], encode: _Encoder) -> list[bytes]:
     """Chunks one behind the other, then the offset and length of each, then the checksum of these."""
     index = np.full((*(n // c for n, c in zip(shape, chunk, strict=True)), 2), _NO_CHUNK, "<u8")
     grid = tuple(n // c for n, c in zip(values.shape, chunk, strict=True))
@@ -54,14 +54,15 @@ def _sharded(values: np.ndarray, shape: Sequence[int], chunk: Sequence[int], enc
     offset = 0
     for place in product(*(range(n) for n in grid)):
         part = encode(values[tuple(slice(p * c, (p + 1) * c) for p, c in zip(place, chunk, strict=True))])
-        index[place] = offset, len(part)
-        offset += len(part)
-        parts.append(part)
-    return b"".join([*parts, _checked(index.tobytes())])
+        length = sum(map(len, part))
+        index[place] = offset, length
+        offset += length
+        parts += part
+    return [*parts, index.tobytes(), _checksum(index.tobytes())]
 
 
 def _encoding(array: zarr.Array) -> tuple[_Encoder, tuple[int, ...]] | None:
-    """How a chunk becomes bytes, and its shape; None where a codec is not one of those that attnscope writes."""
+    """How a chunk becomes pieces of bytes, and its shape; None where a codec is not one that attnscope writes."""
     codecs: Sequence[_Codec] = array.metadata.to_dict()["codecs"]  # type: ignore[assignment]
     if codecs[0]["name"] == "sharding_indexed":
         configuration: Mapping[str, Sequence[_Codec]] = codecs[0]["configuration"]  # type: ignore[assignment]
@@ -69,20 +70,22 @@ def _encoding(array: zarr.Array) -> tuple[_Encoder, tuple[int, ...]] | None:
         if len(codecs) > 1 or index != ["bytes", "crc32c"] or configuration.get("index_location", "end") != "end":
             return None
         codecs = configuration["codecs"]
-    steps = list(_steps(codecs))
+    is_checked = codecs[-1]["name"] == "crc32c"
+    steps = list(_compressors(codecs[: len(codecs) - is_checked]))
     if None in steps:
         return None
 
-    def encode(values: np.ndarray) -> bytes:
+    def encode(values: np.ndarray) -> list[bytes]:
         encoded: np.ndarray | bytes = np.ascontiguousarray(values)
         for step in steps:
             encoded = step(encoded)  # type: ignore[misc]
-        return encoded if isinstance(encoded, bytes) else encoded.tobytes()
+        content = encoded if isinstance(encoded, bytes) else encoded.tobytes()
+        return [content, _checksum(content)] if is_checked else [content]
 
     return encode, array.chunks
 
 
-def _steps(codecs: Sequence[_Codec]) -> Iterator[Callable[[np.ndarray | bytes], bytes] | None]:
+def _compressors(codecs: Sequence[_Codec]) -> Iterator[Callable[[np.ndarray | bytes], bytes] | None]:
     for number, codec in enumerate(codecs):
         options: Mapping[str, object] = codec.get("configuration", {})  # type: ignore[assignment]
         match codec["name"]:
@@ -95,12 +98,9 @@ def _steps(codecs: Sequence[_Codec]) -> Iterator[Callable[[np.ndarray | bytes], 
                 shuffle = _SHUFFLES[str(options["shuffle"])]
                 sizes = {name: options[name] for name in ("blocksize", "typesize")}
                 yield Blosc(options["cname"], options["clevel"], shuffle, **sizes).encode
-            case "crc32c":
-                yield _checked
             case _:
                 yield None
 
 
-def _checked(content: np.ndarray | bytes) -> bytes:
-    content = content if isinstance(content, bytes) else content.tobytes()
-    return content + google_crc32c.value(content).to_bytes(4, "little")
+def _checksum(content: bytes) -> bytes:
+    return google_crc32c.value(content).to_bytes(4, "little")

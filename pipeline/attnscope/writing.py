@@ -17,14 +17,24 @@ from attnscope.run import Run
 from attnscope.stores import full_disk_told
 from attnscope.tokens import TokenLayout
 
-_TILE_BYTES = 2**26
+# Of float32 attention that is computed at once; a GPU has the room, and is busy with a larger tile only.
+_TILE_BYTES = {"cpu": 2**26, "cuda": 2**29}
 _QUEUE_LENGTH = 4
 
 
 def encoded_attention(call: AttentionCall, encoding: str) -> np.ndarray:
     """The attention of a call as it is stored: (batch, head, query_token, key_token), cast on the device."""
-    parts = [encoded(call.attention(heads=h), encoding).cpu() for h in head_tiles(call)]
-    return torch.cat(parts, dim=1).numpy()
+    return on_host([encoded(call.attention(heads=h), encoding) for h in head_tiles(call)])
+
+
+def on_host(parts: Sequence[torch.Tensor]) -> np.ndarray:
+    """Tiles of heads (batch, head, ...) put together, in the host's memory."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+    if whole.device.type != "cuda":
+        return whole.cpu().numpy()
+    # Page-locked, so that the device writes it by itself; torch keeps such memory for the next layer.
+    target = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=True)
+    return target.copy_(whole).numpy()
 
 
 def encoded(attention: torch.Tensor, encoding: str) -> torch.Tensor:
@@ -42,9 +52,9 @@ def decoded(stored: torch.Tensor) -> torch.Tensor:
 
 
 def head_tiles(call: AttentionCall) -> list[slice]:
-    """Slices of heads whose float32 attention takes about 64 MiB."""
+    """Slices of heads whose float32 attention takes about 64 MiB, or 512 on a GPU."""
     batch, heads, queries, keys = call.shape
-    step = max(1, _TILE_BYTES // max(1, 4 * batch * queries * keys))
+    step = max(1, _TILE_BYTES.get(call.device.type, 2**26) // max(1, 4 * batch * queries * keys))
     return [slice(h, min(h + step, heads)) for h in range(0, heads, step)]
 
 

@@ -10,7 +10,9 @@ import xarray as xr
 import zarr
 
 from attnscope.checking import check_run
+from attnscope.compatibility import EXAMPLES
 from attnscope.extraction import extract
+from attnscope.quantities import ExtractSpec
 from attnscope.run import EXTRACTED, MISSING, open_run
 from attnscope.testing import make_run
 
@@ -39,6 +41,15 @@ def test_a_made_run_is_sound(folder: Path) -> None:
 )
 def test_an_extracted_run_is_sound(tiny_clip: Path, captioned_images: Path, stored: dict[str, str]) -> None:
     run = extract(tiny_clip, captioned_images, **stored)
+    assert check_run(run).faults == ()
+
+
+def test_rows_that_leave_a_share_to_a_sink_are_sound() -> None:
+    example = EXAMPLES["inkling2"]
+    run = extract(example.build("eager"), [example.inputs()], spec=ExtractSpec(encoding="exact"))
+    sums = np.nansum(run.attention("text.self").values, axis=-1)
+    assert sums[sums > 0].min() < 0.9
+    assert run.plan.sites["text.self"].leaky == (0, 1)
     assert check_run(run).faults == ()
 
 

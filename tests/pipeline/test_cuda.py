@@ -1,12 +1,11 @@
 """On a CUDA device: what is recorded and stored there is the attention of the model's own eager code."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from attnscope.compatibility import EXAMPLES
 from attnscope.compatibility.examples import GROUPED, widened
@@ -64,19 +63,35 @@ def test_what_is_stored_from_a_device_is_what_a_cpu_gives(name: str, site: str, 
     np.testing.assert_allclose(device.values, cpu.values, atol=5e-6)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash_attn is not installed")
+FUSED = {
+    "flash_attention_2": is_flash_attn_2_available,
+    "flash_attention_3": is_flash_attn_3_available,
+    "flash_attention_4": is_flash_attn_4_available,
+    "flex_attention": lambda: True,
+}
+
+
+def mistral(kernel: str, window: int | None) -> nn.Module:
+    # A configuration of its own: the model reads its kernel from there at each call.
+    config = hf.MistralConfig(**(GROUPED | {"head_dim": 64}), sliding_window=window)
+    return widened(hf.MistralModel._from_config(config, attn_implementation=kernel)).to("cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("kernel", FUSED)
 @pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_flash_attention_is_recorded_by_its_rules(side: str, window: int | None) -> None:
-    config = hf.MistralConfig(**(GROUPED | {"head_dim": 32}), sliding_window=window)
+@pytest.mark.parametrize("side", ["left", "right", None])
+def test_fused_kernels_are_recorded_by_their_rules(kernel: str, side: str | None, window: int | None) -> None:
+    if not FUSED[kernel]():
+        pytest.skip(f"{kernel} is not installed")
     inputs = moved(EXAMPLES["llama_left" if side == "left" else "llama"].inputs())
-    models = [
-        widened(hf.MistralModel._from_config(config, attn_implementation=kernel)).to("cuda", torch.bfloat16)
-        for kernel in ("flash_attention_2", "eager")
-    ]
+    if side is None:
+        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    models = [mistral(each, window) for each in (kernel, "eager")]
+    plain = first_tensor(forward(models[0], inputs))
     with recording(models[0]) as recorded:
-        forward(models[0], inputs)
-    assert recorded.audit.ran == recorded.audit.recorded
+        assert torch.equal(first_tensor(forward(models[0], inputs)), plain)
+    assert [call.kernel for call in recorded] == [kernel] * 2
+    assert recorded.audit.ran == recorded.audit.recorded == 2
     assert max(call.output_error() for call in recorded) <= 5e-2
     own = own_softmaxes(models[1], inputs)
     assert matched_errors(recorded.calls[:1], own[:1])[0] <= BOUNDS[torch.bfloat16]

@@ -726,7 +726,8 @@ def test_internvl_tiles_lie_on_one_grid(tmp_path: Path) -> None:
     pixels = transformers.GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, min_patches=1, max_patches=4)
     words = tokenizer("<IMG_CONTEXT>", "<img>", "</img>")
     folder = save(transformers.InternVLForConditionalGeneration(config), tmp_path, words, pixels)
-    result = extracted(folder, [LANGUAGE])
+    # In eager: what sdpa rounds differently in the first layer is 2.6e-6 in the second on some processors.
+    result = extracted(folder, [LANGUAGE], kernel="eager")
     cut = [pixels(images=[samples()[i].image], crop_to_patches=True)["num_patches"][0] for i in result.order]
     compare_tiles(result, r"model\.vision_tower\.encoder\.layer\.(\d+)\.attention", cut)
     assert len(set(cut)) > 1

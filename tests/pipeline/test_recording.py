@@ -78,7 +78,9 @@ def by_hand(call: AttentionCall) -> Tensor:
             allowed &= not (call.causal and distance < 0)
             allowed &= call.window is None or abs(distance) < call.window
             weights[j] = torch.tensor(score, dtype=torch.float64).exp() if allowed else 0.0
-        sink = 0.0 if call.sinks is None else float(call.sinks[h].double().exp())
+        sink = 0.0
+        if call.sinks is not None:
+            sink = float((call.sinks[h] if call.sinks.dim() == 1 else call.sinks[b, h, i, 0]).double().exp())
         total = weights.sum() + sink
         result[b, h, i] = weights / total if total > 0 else weights
     return result
@@ -92,6 +94,7 @@ RULES: dict[str, dict[str, Any]] = {
     "symmetric window": {"window": 2},
     "bool mask": {"mask": random(2, 1, 6, 7, seed=6) > 0},
     "softcap and sinks": {"softcap": 1.5, "sinks": random(4, seed=7), "causal": True},
+    "a sink for each row": {"sinks": random(2, 4, 6, 1, seed=10), "mask": random(2, 1, 6, 7, seed=6) > 0},
     "bias per head": {"bias": random(1, 4, 6, 7, seed=8), "mask": random(1, 1, 1, 7, seed=9) > -0.5},
 }
 

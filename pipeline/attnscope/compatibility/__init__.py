@@ -3,7 +3,12 @@
 `python -m attnscope.compatibility` measures all of them in the environment that it runs in.
 """
 
-from attnscope.compatibility import joint_models, text_models, vision_models
+from attnscope.compatibility import joint_models, prompted_models, text_models, vision_models
 from attnscope.compatibility.examples import Example
 
-EXAMPLES: dict[str, Example] = {**text_models.EXAMPLES, **vision_models.EXAMPLES, **joint_models.EXAMPLES}
+EXAMPLES: dict[str, Example] = {
+    **text_models.EXAMPLES,
+    **vision_models.EXAMPLES,
+    **joint_models.EXAMPLES,
+    **prompted_models.EXAMPLES,
+}

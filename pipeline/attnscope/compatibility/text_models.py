@@ -182,6 +182,19 @@ EXAMPLES: dict[str, Example] = {
     "granite_swa": Example(
         "GraniteSWAModel", lambda: hf.GraniteSWAConfig(**GROUPED), text, EAGER, output_only=("eager",)
     ),
+    # A sink for each row, made of the row's own state; beside it, attention over a few states of each token.
+    "inkling2": Example(
+        "Inkling2TextModel",
+        lambda: hf.Inkling2TextConfig(
+            **(GROUPED | {"intermediate_size": 64}),
+            **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 4},
+            **{"moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2},
+            layer_types=["hybrid_sliding", "hybrid"],
+        ),
+        text,
+        EAGER,
+        output_only=("eager",),
+    ),
     "deepseek_v3": Example(
         "DeepseekV3Model",
         lambda: hf.DeepseekV3Config(

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def joint_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
-    """The image's CLS and patches, then the text."""
+    """The image's CLS and patches, then the text; the text alone where there is no image."""
+    if "pixel_values" not in inputs:
+        return text_tokens()(inputs, loaded, tokens)
     pixels = inputs["pixel_values"]
     image = grid_layout(len(pixels), *patch_grid(pixels, loaded.config.vision_config))
     return joined_layout(image, text_tokens()(inputs, loaded, tokens - image.token_count))

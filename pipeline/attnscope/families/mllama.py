@@ -60,8 +60,7 @@ def _has_text_in_front(inputs: "dict[str, Tensor]") -> np.ndarray:
 
 def fold(call: "AttentionCall", inputs: "dict[str, Tensor]", loaded: "LoadedModel") -> Fold | None:
     """Several images of one sample behind each other."""
-    samples = len(inputs["pixel_values"])
-    if "vision_model" not in call.module or call.shape[0] == samples:
+    if "vision_model" not in call.module or call.shape[0] == (samples := len(inputs["pixel_values"])):
         return None
     return tile_fold([call.shape[0] // samples] * samples, call.shape[2], call.shape[3])
 

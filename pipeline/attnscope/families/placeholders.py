@@ -80,13 +80,14 @@ def joint_tokens(images: Images, kind: str = "image") -> "LayoutFunction":
 
     def layout(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
         ids = inputs["input_ids"]
-        found = images(inputs, loaded)
         kinds = text_kinds(ids, inputs.get("attention_mask"), loaded)
         text = np.array([token_strings(row, loaded) for row in ids.tolist()], dtype=object).reshape(ids.shape)
         row, column = np.full((2, *ids.shape), -1, np.int16)
         at_image = (ids.cpu().numpy() == image_token_id(loaded)) & (kinds != KIND_CODES["padding"])
         kinds[at_image] = KIND_CODES[kind]
         text[at_image] = ""
+        # Where no token stands for an image, there may be none among the inputs.
+        found = images(inputs, loaded) if at_image.any() else ()
         for sample, image in enumerate(found):
             places = np.flatnonzero(at_image[sample])
             if len(places) == len(image.row):

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def joint_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
-    """Text tokens, then regions."""
+    """Text tokens, then regions, where there are any."""
+    if "visual_embeds" not in inputs:
+        return text_tokens()(inputs, loaded, tokens)
     text = text_tokens()(inputs, loaded, inputs["input_ids"].shape[1])
     regions = region_tokens("visual_embeds", "visual_attention_mask")
     return joined_layout(text, regions(inputs, loaded, tokens - text.token_count))

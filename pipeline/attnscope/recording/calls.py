@@ -63,6 +63,7 @@ class AttentionCall:
     `mask` is broadcastable to (batch, head, query_token, key_token): True where a query may attend, or additive.
     `causal` and `window` are rules which the kernel applied on top; query i stands at key position i + `causal_offset`
     (0: aligned top left, as in sdpa; key_token - query_token: bottom right, as in flash attention).
+    `sinks` are one more score in each softmax, which no value belongs to: (head,), or (batch, head, query_token, 1).
     `rows_computed` (batch, query_token) is False where the kernel left a padded query out; None: it left none out.
     `kernel_log_sum_exp` (batch, head, query_token) is what the kernel gave as such, of the few that give one.
 
@@ -109,6 +110,11 @@ class AttentionCall:
         batch = max(query.shape[0], key.shape[0])
         return batch, query.shape[1], query.shape[2], key.shape[2]
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors lie."""
+        return (self._query_key()[0] if self.probabilities is None else self.probabilities).device
+
     def scores(self, rows: Index = ALL, heads: Index = ALL) -> Tensor:
         """What the softmax saw, float32 (batch, head, rows, key_token), dimensionless; -inf where masked.
 
@@ -132,7 +138,7 @@ class AttentionCall:
                 empty = self._empty_rows(ALL, ALL)
                 # Torch's CPU kernel gives zero for a row without a valid key.
                 return given.float() if empty is None else given.float().masked_fill(empty, float("-inf"))
-            blocks = [self._log_normaliser(self._scores(rows, ALL), ALL) for rows in self._row_blocks()]
+            blocks = [self._log_normaliser(self._scores(rows, ALL), rows) for rows in self._row_blocks()]
             return torch.cat(blocks, dim=2).squeeze(3)
 
     def attention(self, rows: Index = ALL, heads: Index = ALL) -> Tensor:
@@ -150,7 +156,7 @@ class AttentionCall:
                 return self.probabilities[:, heads][:, :, rows].float()
             scores = self._scores(rows, heads)
             if self.sinks is not None:
-                sinks = self.sinks.float()[heads].view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+                sinks = self._sink_scores(self.sinks, rows, heads).expand(*scores.shape[:-1], 1)
                 return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
             attention = torch.softmax(scores, dim=-1)
             empty = self._empty_rows(rows, heads)
@@ -254,11 +260,14 @@ class AttentionCall:
             allowed &= distance.abs() < self.window
         return allowed
 
-    def _log_normaliser(self, scores: Tensor, heads: Index) -> Tensor:
+    def _log_normaliser(self, scores: Tensor, rows: Index) -> Tensor:
         total = torch.logsumexp(scores, dim=-1, keepdim=True)
-        if self.sinks is None:
-            return total
-        return torch.logaddexp(total, self.sinks.float()[heads].view(1, -1, 1, 1))
+        return total if self.sinks is None else torch.logaddexp(total, self._sink_scores(self.sinks, rows, ALL))
+
+    @staticmethod
+    def _sink_scores(sinks: Tensor, rows: Index, heads: Index) -> Tensor:
+        """The sinks, float32, broadcastable to (batch, head, rows, 1)."""
+        return (sinks.view(1, -1, 1, 1)[:, heads] if sinks.dim() == 1 else _take(sinks, rows, heads)).float()
 
     def _empty_rows(self, rows: Index, heads: Index) -> Tensor | None:
         """Which rows have no valid key, bool, broadcastable to (batch, head, rows); None: no rule masks anything."""

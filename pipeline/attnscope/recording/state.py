@@ -145,6 +145,11 @@ class Recording:
     def is_inside(self) -> bool:
         return self._inside > 0
 
+    @property
+    def kernels_seen(self) -> int:
+        """How many attention kernels were counted so far."""
+        return len(self._counted)
+
     def count(self, kernel: str, origin: int | None = None) -> None:
         """An attention kernel ran in the module under way; `origin` names its softmax, which counts once."""
         name = self.where()
