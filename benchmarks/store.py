@@ -8,7 +8,7 @@ layers are run, and the bytes scaled to twelve. Text is real: all-MiniLM-L6-v2 o
 Queries are asked of a run that holds sharp synthetic attention of ViT-B's size (12 layers, 12 heads, 197 tokens: CLS,
 149 patches, 47 words), and of one file a sample that torch saved of the same weights, float32 as a model gives them.
 Every query opens the run anew, and reads its files from the disk (`--warm`: from the page cache). Contenders take
-turns, their answers are compared, and medians given. Only the run's edges come with the names of their tokens.
+turns, their answers are compared, and medians given.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import xarray as xr
 import zarr
 from numpy.testing import assert_array_equal
 
-from attnscope import ExtractSpec, Sample, extract, open_run
+from attnscope import ExtractSpec, Sample, chunks, extract, open_run
 from attnscope.embedded import embedded_sentences
 from attnscope.plan import RunPlan, SitePlan
 from attnscope.quantities import SUMMARIES
@@ -328,22 +328,29 @@ def _asked(
 
 
 def _bytes_read(contender: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that the store gave, and those of them that are of chunks."""
+    """Bytes that were read of the run, and those of them that are of chunks."""
     read = [0, 0]
-    proper = zarr.storage.LocalStore.get
+    of_store, of_file = zarr.storage.LocalStore.get, chunks._of_file
 
-    async def counted(store: zarr.storage.LocalStore, key: str, *args: object, **options: object) -> object:
-        found = await proper(store, key, *args, **options)  # type: ignore[arg-type]
-        size = len(found) if found is not None else 0
+    def count(key: str, size: int) -> None:
         read[0] += size
         read[1] += size if "/c/" in key else 0
+
+    async def counted(store: zarr.storage.LocalStore, key: str, *args: object, **options: object) -> object:
+        found = await of_store(store, key, *args, **options)  # type: ignore[arg-type]
+        count(key, len(found) if found is not None else 0)
         return found
 
-    zarr.storage.LocalStore.get = counted  # type: ignore[assignment, method-assign]
+    def counted_file(path: Path, part: object) -> object:
+        found = of_file(path, part)  # type: ignore[arg-type]
+        count(str(path), len(found) if found is not None else 0)
+        return found
+
+    zarr.storage.LocalStore.get, chunks._of_file = counted, counted_file  # type: ignore[assignment, method-assign]
     try:
         contender()
     finally:
-        zarr.storage.LocalStore.get = proper  # type: ignore[method-assign]
+        zarr.storage.LocalStore.get, chunks._of_file = of_store, of_file  # type: ignore[method-assign]
     return read[0], read[1]
 
 

@@ -15,6 +15,7 @@ from attnscope.tokens import KINDS
 
 WHOLE_RUN = frozenset({"id", "text", "regions"})
 _CHUNK_BYTES = 2**20
+_TILE_BYTES = 2**17
 _NAMES_AT_ONCE = 2**12
 DENSE_BOUND = {"float16": "2.5e-4", "float32": "2e-6", "uint8": "3.92e-3"}
 # The checksum of the decoded values doesn't cover the header of a zstd frame; that of the stored bytes does.
@@ -97,6 +98,8 @@ def arrays_of(plan: RunPlan, spec: ExtractSpec, samples: int) -> Iterable[ArrayP
 def create_array(root: zarr.Group, array: ArrayPlan, unit: int) -> None:
     if "element" in array.row.dims:
         chunks, shards = _element_chunks(array)
+    elif array.row.dims[2:] == ("head", "query_token", "key_token"):
+        chunks, shards = _tile_chunks(array.shape, unit, array.item_bytes)
     else:
         chunks, shards = _chunks(array.row, array.shape, unit, array.item_bytes)
     bits = array.dtype == "bfloat16"
@@ -127,6 +130,9 @@ def _chunks(
     for axis in (row.dims.index(d) for d in ("sample", "head", "kv_head") if d in row.dims):
         while chunk[axis] > 1 and int(np.prod(chunk)) * itemsize > _CHUNK_BYTES and row.dtype != "string":
             chunk[axis] = _next_divisor(block[axis], chunk[axis])
+    if "rank" in row.dims:
+        # A threshold is settled by the first ranks alone.
+        chunk[row.dims.index("rank")] = 1
     if layers > 1:
         # Written together, so that a question over all samples opens few files; read together where they are small.
         block[1] = layers
@@ -134,6 +140,25 @@ def _chunks(
     block = [max(1, n) for n in block]
     chunk = [max(1, n) for n in chunk]
     return tuple(chunk), None if chunk == block else tuple(block)
+
+
+def _tile_chunks(shape: tuple[int, ...], unit: int, itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Chunk near 128 KiB, cut across heads and query rows alike, so that few of either are read without the others.
+
+    The shard is filled up to whole chunks of rows.
+    """
+    _, _, heads, queries, keys = shape
+    samples, together, rows = unit, heads, queries
+    while samples * together * rows * keys * itemsize > _TILE_BYTES and max(samples, together, rows) > 1:
+        if samples > 1:
+            samples = _next_divisor(unit, samples)
+        elif rows > 1 and (together == 1 or queries * together <= heads * rows):
+            rows = -(-rows // 2)
+        else:
+            together = _next_divisor(heads, together)
+    chunk = (samples, 1, together, rows, keys)
+    block = (unit, 1, heads, -(-queries // rows) * rows, keys)
+    return chunk, None if chunk == block else block
 
 
 def _element_chunks(array: ArrayPlan) -> tuple[tuple[int, ...], tuple[int, ...] | None]:

@@ -15,6 +15,7 @@ import zarr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
+from attnscope.chunks import read_part
 from attnscope.tokens import KIND_CODES
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ def _head_mean(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _read(array: zarr.Array, index: slice | tuple[slice, ...]) -> np.ndarray:
-    return np.asarray(array[index])
+    return read_part(array, index)
 
 
 def _positions(index: Index, length: int) -> np.ndarray:

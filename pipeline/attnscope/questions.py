@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
+from xarray.backends import BackendArray
+from xarray.core import indexing
 
 from attnscope.attention_array import to_float32
+from attnscope.chunks import read_part
+from attnscope.labels import Named, OfToken
 from attnscope.quantities import SITE_QUANTITIES
 from attnscope.selection import Choice, SelectionError, chosen_positions, chosen_tokens
 from attnscope.tokens import KIND_CODES
@@ -20,7 +24,6 @@ if TYPE_CHECKING:
     from attnscope.run import Run
 
 _BLOCK_BYTES = 2**27
-_TOKEN_NAMES = ("kind", "token_text", "row", "column")
 
 
 @dataclass
@@ -71,11 +74,18 @@ class _Scope:
             part = (self.samples[at], self.layers, self.heads, self.queries[at], self.keys[at])
             yield _Scope(self.run, self.site, *part, reading=self.reading)
 
-    def read(self, name: str) -> np.ndarray:
-        """A quantity of the chosen samples, layers and heads."""
-        array = self.run.array(self.site, name)
-        found = array.isel(sample=_plain(self.samples), layer=_plain(self.layers))
-        return np.asarray(found.isel(head=_plain(self.heads)).values)
+    def read(self, name: str, rank: int | None = None) -> np.ndarray:
+        """A quantity of the chosen samples, layers and heads, as it is stored; of one rank, where it has such."""
+        array = self.run.stored(self.site, name)
+        behind = (slice(None), slice(rank, rank + 1)) if rank is not None else ()
+        layers, heads = (_plain(p) for p in (self.layers, self.heads))
+        ahead = tuple(p if isinstance(p, slice) else slice(None) for p in (layers, heads))
+        runs = np.split(self.samples, np.flatnonzero(np.diff(self.samples) != 1) + 1)
+        parts = [read_part(array, (slice(int(r[0]), int(r[-1]) + 1), *ahead, *behind)) for r in runs if len(r)]
+        found = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        found = found if isinstance(layers, slice) else found[:, layers]
+        found = found if isinstance(heads, slice) else found[:, :, heads]
+        return found if rank is None else found[..., 0]
 
     def tile(self, sample: int, layer: int) -> np.ndarray:
         """The attention (head, query_token, key_token) of one sample and layer (places in this scope)."""
@@ -164,28 +174,73 @@ def _edges(scope: _Scope, above: float | None, count: int | None = None) -> tupl
 
     In the order of the run.
     """
-    plan = scope.run.plan.sites[scope.site]
     if "top_value" not in scope.run.quantities(scope.site):
         floor = -1.0 if above is None else above
         tiles = np.ndindex(len(scope.samples), len(scope.layers))
         found = [_edges_of_tile(scope, sample, layer, None, floor) for sample, layer in tiles]
         return _together(scope, found, count)
-    top, keys = to_float32(scope.read("top_value")), scope.read("top_key")
-    rows = scope.queries[:, None, None]
     if above is None:
-        chosen = np.take_along_axis(scope.keys[:, None, None, None], np.maximum(keys, 0), axis=-1) & rows[..., None]
-        above = _largest(top[chosen & (keys >= 0)], count)
-    # Rows whose weakest stored weight still counts may have further ones; weights of 0 are not among the stored.
-    weakest = top[..., -1]
-    open_rows = ~(weakest <= above) if above < 0 else (weakest > above) & (top.shape[-1] < plan.key_tokens)
-    open_rows &= rows
-    at = np.nonzero((top > above) & (rows & ~open_rows)[..., None])
-    places, values = np.stack([*at[:4], keys[at]], 1).astype(np.int64), top[at]
-    on_keys = scope.keys[places[:, 0], places[:, 4]]
-    found = [(places[on_keys], values[on_keys])]
+        above = _floor(scope, count)
+    top, open_rows = _ranks_above(scope, above)
+    found = [(places[on], weights[on]) for places, weights in top for on in [scope.keys[places[:, 0], places[:, 4]]]]
     for sample, layer in np.argwhere(open_rows.any(axis=(2, 3))):
         found.append(_edges_of_tile(scope, sample, layer, open_rows[sample, layer], above))
     return _together(scope, found, count)
+
+
+def _ranks_above(scope: _Scope, above: float) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+    """Places in the scope and weights of the strongest keys above a threshold, whether they are chosen keys or not.
+
+    And the rows that may have further ones, (sample, layer, head, query_token): those whose last rank is above, too.
+    None of their weights are among the others. A rank is read only where the one before it has a weight above.
+    """
+    plan = scope.run.plan.sites[scope.site]
+    ranks = scope.run.stored(scope.site, "top_value").shape[-1]
+    chosen = scope.queries[:, None, None]
+    values, masks = [], []
+    for rank in range(ranks):
+        values.append(scope.read("top_value", rank))
+        masks.append(_above(values[-1], above) & chosen)
+        if not masks[-1].any():
+            break
+    open_rows = np.zeros(values[0].shape, bool)
+    if above < 0:
+        # Weights of 0 are not among the stored.
+        full = _above(scope.read("top_value", ranks - 1), above)
+        open_rows = np.broadcast_to(chosen, full.shape) & ~(full & (ranks == plan.key_tokens))
+    elif len(values) == ranks and ranks < plan.key_tokens:
+        open_rows = masks[-1]
+    found = []
+    for rank, (weights, mask) in enumerate(zip(values, masks, strict=True)):
+        at = np.nonzero(mask & ~open_rows if open_rows.any() else mask)
+        if len(at[0]):
+            keys = scope.read("top_key", rank)[at]
+            found.append((np.stack([*at, keys], 1).astype(np.int64), to_float32(weights[at])))
+    return found, open_rows
+
+
+def _above(values: np.ndarray, threshold: float) -> np.ndarray:
+    """Where weights are above a threshold; of half precision without a detour over float32, since bits are ordered."""
+    if values.dtype != np.float16 or threshold < 0:
+        return to_float32(values) > threshold
+    least = np.float16(threshold)
+    if float(least) <= threshold:
+        least = np.nextafter(least, np.float16(np.inf))
+    bits = values.view(np.uint16)
+    return (bits >= least.view(np.uint16)) & (bits <= np.float16(np.inf).view(np.uint16))
+
+
+def _floor(scope: _Scope, count: int | None) -> float:
+    """A threshold that leaves the `count` largest weights, from as few ranks as tell so many."""
+    known = np.zeros(0, np.float32)
+    for rank in range(scope.run.stored(scope.site, "top_value").shape[-1]):
+        values, keys = to_float32(scope.read("top_value", rank)), scope.read("top_key", rank)
+        chosen = np.take_along_axis(scope.keys[:, None, None], np.maximum(keys, 0), axis=-1)
+        chosen &= scope.queries[:, None, None] & (keys >= 0)
+        known = np.concatenate([known, values[chosen]])
+        if count is not None and len(known) >= count:
+            return _largest(known, count)
+    return -1.0
 
 
 def _largest(values: np.ndarray, count: int | None) -> float:
@@ -211,9 +266,11 @@ def _edges_of_tile(
 def _together(
     scope: _Scope, found: list[tuple[np.ndarray, np.ndarray]], count: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
+    plan = scope.run.plan.sites[scope.site]
     places = np.concatenate([p for p, _ in found] or [np.zeros((0, 5), np.int64)])
     values = np.concatenate([v for _, v in found] or [np.zeros(0, np.float32)])
-    order = np.lexsort(places.T[::-1])
+    sizes = (len(scope.samples), len(scope.layers), len(scope.heads), plan.query_tokens, plan.key_tokens)
+    order = np.argsort(np.ravel_multi_index(tuple(places.T), sizes), kind="stable")
     places, values = places[order], values[order]
     if count is not None:
         best = np.sort(np.argsort(-values, kind="stable")[:count])
@@ -228,33 +285,37 @@ def _labelled(
 ) -> xr.DataArray:
     """Weights with samples, layers, heads and tokens as coordinates along `edge`."""
     plan = run.plan.sites[site]
-    coordinates = _coordinates(run, site, places)
+    coordinates: dict[str, np.ndarray | BackendArray] = dict(_coordinates(run, site, places))
     for axis, side, stream in ((3, "query", plan.queries), (4, "key", plan.keys)):
         coordinates[f"{side}_token"] = places[:, axis]
-        tokens = run.tokens(stream)
-        samples, rows = np.unique(places[:, 0], return_inverse=True)
-        for name in _TOKEN_NAMES:
-            known = np.asarray(tokens[name].isel(sample=_plain(samples)).values)
-            coordinates[f"{side}_{name.removeprefix('token_')}"] = known[rows, places[:, axis]]
+        for name, label in run.token_labels(stream):
+            known = OfToken(label, places[:, 0], places[:, axis])
+            coordinates[f"{side}_{name.removeprefix('token_')}"] = known
     row = SITE_QUANTITIES["attention"]
     attrs = {"long_name": row.meaning, "units": row.units, **said}
     return _described("edge", "attention", values, coordinates, attrs)
 
 
-def _coordinates(run: "Run", site: str, places: np.ndarray) -> dict[str, np.ndarray]:
-    ids = np.array(run.sample_ids, object)
+def _coordinates(run: "Run", site: str, places: np.ndarray) -> dict[str, np.ndarray | BackendArray]:
     return {
-        "sample": ids[places[:, 0]],
+        "sample": Named(np.array(run.sample_ids, object), places[:, 0]),
         "layer": np.array(run.plan.sites[site].layers)[places[:, 1]],
         "head": places[:, 2],
     }
 
 
 def _described(
-    dim: str, name: str, values: np.ndarray, coordinates: Mapping[str, np.ndarray], attrs: Mapping[str, str | float]
+    dim: str,
+    name: str,
+    values: np.ndarray,
+    coordinates: Mapping[str, np.ndarray | BackendArray],
+    attrs: Mapping[str, str | float],
 ) -> xr.DataArray:
     # By way of a Dataset: DataArray copies coordinates deeply, which takes longer than finding the edges.
-    variables = {label: (dim, column) for label, column in coordinates.items()}
+    variables = {
+        label: (dim, indexing.LazilyIndexedArray(column) if isinstance(column, BackendArray) else column)
+        for label, column in coordinates.items()
+    }
     return xr.Dataset({name: (dim, values, dict(attrs))}, coords=variables)[name]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import zarr
 
 from attnscope.attention_array import Tile, to_float32
+from attnscope.chunks import read_part
 from attnscope.plan import SitePlan
 from attnscope.tokens import KIND_CODES
 
@@ -86,7 +87,7 @@ class RaggedTiles:
         stored = self._arrays["attention_values"]
         for together in _neighbours(self._parts(tile), stored.chunks[2]):
             begin = together[0].elements.start
-            values = self._floats(np.asarray(stored[layers, heads, begin : together[-1].elements.stop]))
+            values = self._floats(read_part(stored, (layers, heads, slice(begin, together[-1].elements.stop))))
             for part in together:
                 piece = values[..., part.elements.start - begin : part.elements.stop - begin]
                 piece = piece.reshape(*piece.shape[:2], -1, part.row_length)[..., part.keys]
@@ -98,8 +99,8 @@ class RaggedTiles:
 
     def _parts(self, tile: Tile) -> Iterator[_Part]:
         samples, _, _, queries, keys = tile
-        offsets = np.asarray(self._arrays["attention_offset"][samples])
-        real = [np.asarray(self._arrays[n][samples]) != KIND_CODES["padding"] for n in ("query_kind", "key_kind")]
+        offsets = read_part(self._arrays["attention_offset"], samples)
+        real = [read_part(self._arrays[n], samples) != KIND_CODES["padding"] for n in ("query_kind", "key_kind")]
         for sample in np.flatnonzero(offsets >= 0):
             rows, columns = (np.flatnonzero(mask[sample]) for mask in real)
             above, below = np.searchsorted(rows, (queries.start, queries.stop))

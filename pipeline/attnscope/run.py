@@ -46,6 +46,7 @@ from attnscope.attention_array import (
 from attnscope.claims import FOLDER as CLAIMS_FOLDER
 from attnscope.claims import POLL, Claims
 from attnscope.conditions import Condition
+from attnscope.labels import token_labels
 from attnscope.outputs import complete_sets, read_embeddings, read_outputs
 from attnscope.plan import _DENSE_DTYPE, RunPlan, SitePlan, plan_from_attrs, plan_to_attrs, unit_for
 from attnscope.quantities import (
@@ -395,6 +396,10 @@ class Run:
             raise MissingQuantity(f"{self.location} has no stream {stream!r}; it has {', '.join(self.streams)}")
         return self._dataset(stream)
 
+    def token_labels(self, stream: str) -> "Iterable[tuple[str, xr.Variable]]":
+        """What `tokens` gives, by name, read only when it is asked for."""
+        return token_labels(self.store, stream, (self.sample_count, self.plan.streams[stream]))
+
     def attention(self, site: str) -> xr.DataArray:
         """Attention weights of a site, lazily: (sample, layer, head, query_token, key_token) float32.
 
@@ -433,6 +438,10 @@ class Run:
         if name == "attention_relevance" and f"{site}/attention_grad" in self._group:
             return self._head_mean(site, name, self.array(site, "attention_grad"), self.attention(site))
         raise MissingQuantity(f"{self.location} does not hold {name!r} at site {site!r}")
+
+    def stored(self, group: str, name: str) -> zarr.Array:
+        """An array of a site or a stream as it is stored."""
+        return self._array(f"{group}/{name}")
 
     def quantities(self, site: str) -> tuple[str, ...]:
         """Names of the quantities that `array` gives for a site."""
@@ -672,11 +681,9 @@ class Run:
             "head": np.arange(plan.heads),
         }
         for side, stream in (("query", plan.queries), ("key", plan.keys)):
-            tokens = self._dataset(stream)
-            for name in ("kind", "token_text", "row", "column"):
-                variable = tokens[name].variable.copy(deep=False)
+            for name, label in self.token_labels(stream):
                 coordinates[f"{side}_{name.removeprefix('token_')}"] = xr.Variable(
-                    ("sample", f"{side}_token"), variable._data, variable.attrs
+                    ("sample", f"{side}_token"), label._data, label.attrs
                 )
         return coordinates
 

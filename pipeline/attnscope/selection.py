@@ -349,11 +349,9 @@ def _with_tokens(run: "Run", site: str, array: xr.DataArray) -> xr.DataArray:
         coordinates[dim] = np.arange(array.sizes[dim])
         if f"{side}_kind" in array.coords:
             continue
-        tokens = run.tokens(stream)
-        for name in ("kind", "token_text", "row", "column"):
-            variable = tokens[name].variable
+        for name, label in run.token_labels(stream):
             coordinates[f"{side}_{name.removeprefix('token_')}"] = xr.Variable(
-                ("sample", dim), variable._data, variable.attrs
+                ("sample", dim), label._data, label.attrs
             )
     if "kv_head" in array.dims:
         coordinates["kv_head"] = np.arange(array.sizes["kv_head"])

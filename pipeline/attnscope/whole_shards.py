@@ -7,7 +7,7 @@ layer, so that no chunk has to be read, merged or looked up. The objects are tho
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 
 import google_crc32c
@@ -26,34 +26,48 @@ _Codec = Mapping[str, object]
 def write_shard(array: zarr.Array, first: Sequence[int], values: np.ndarray) -> bool:
     """Write the values of one whole shard that begins at the element `first`; False for what zarr has to write.
 
-    That are shards that reach over the end of the array, values of another type, and codecs not known here. Along the
-    last dimension, values may be those of the first chunks alone: the others are then missing.
+    That are values of another type or of a part of what the shard has in the array, and codecs not known here. Along
+    the last dimension, values may be those of the first chunks alone: the others are then missing.
     """
     shape = array.shards or array.chunks
     encoding = _encoding(array)
-    ends = zip(first, shape, array.shape, strict=True)
-    if encoding is None or values.dtype != array.dtype or any(f % s or f + s > n for f, s, n in ends):
+    *ahead, last = (min(s, n - f) for f, s, n in zip(first, shape, array.shape, strict=True))
+    if encoding is None or values.dtype != array.dtype or any(f % s for f, s in zip(first, shape, strict=True)):
         return False
     encode, chunk = encoding
-    rows = math.prod(shape[:-1])
-    length = values.size // rows
-    if values.size % rows or length % chunk[-1] or not 0 < length <= shape[-1]:
+    length = values.size // math.prod(ahead)
+    if values.size % math.prod(ahead) or not (length == last or (0 < length < last and length % chunk[-1] == 0)):
         return False
-    values = values.reshape(*shape[:-1], length)
-    content = b"".join(_sharded(values, shape, chunk, encode) if array.shards else encode(values))
+    chunks = _cut(values.reshape(*ahead, length), chunk, array.fill_value)
+    if array.shards:
+        parts = _sharded(chunks, tuple(s // c for s, c in zip(shape, chunk, strict=True)), encode)
+    else:
+        ((_, only),) = chunks
+        parts = encode(only)
     key = array.metadata.encode_chunk_key(tuple(f // s for f, s in zip(first, shape, strict=True)))
-    write(array.store, f"{array.path}/{key}", content)
+    write(array.store, f"{array.path}/{key}", b"".join(parts))
     return True
 
 
-def _sharded(values: np.ndarray, shape: Sequence[int], chunk: Sequence[int], encode: _Encoder) -> list[bytes]:
+def _cut(values: np.ndarray, chunk: Sequence[int], fill: object) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """Chunks by their place, those at the end filled up."""
+    for place in product(*(range(-(-n // c)) for n, c in zip(values.shape, chunk, strict=True))):
+        part = values[tuple(slice(p * c, (p + 1) * c) for p, c in zip(place, chunk, strict=True))]
+        if part.shape != tuple(chunk):
+            missing = [(0, c - n) for c, n in zip(chunk, part.shape, strict=True)]
+            part = np.pad(part, missing, constant_values=fill)  # type: ignore[call-overload]
+        yield place, part
+
+
+def _sharded(
+    chunks: Iterable[tuple[tuple[int, ...], np.ndarray]], grid: tuple[int, ...], encode: _Encoder
+) -> list[bytes]:
     """Chunks one behind the other, then the offset and length of each, then the checksum of these."""
-    index = np.full((*(n // c for n, c in zip(shape, chunk, strict=True)), 2), _NO_CHUNK, "<u8")
-    grid = tuple(n // c for n, c in zip(values.shape, chunk, strict=True))
+    index = np.full((*grid, 2), _NO_CHUNK, "<u8")
     parts = []
     offset = 0
-    for place in product(*(range(n) for n in grid)):
-        part = encode(values[tuple(slice(p * c, (p + 1) * c) for p, c in zip(place, chunk, strict=True))])
+    for place, values in chunks:
+        part = encode(values)
         length = sum(map(len, part))
         index[place] = offset, length
         offset += length

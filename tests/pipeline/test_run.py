@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attnscope
+from attnscope import chunks
 from attnscope.attention_array import to_float32
 from attnscope.checking import check_run
 from attnscope.extraction import extract
@@ -175,9 +176,16 @@ def test_selecting_reads_only_the_chunks_it_needs(tmp_path: Path, monkeypatch: p
         return await proper(self, key, *args, **kwargs)
 
     monkeypatch.setattr(zarr.storage.LocalStore, "get", spy)
+    of_file = chunks._of_file
+
+    def spy_on_files(path: Path, part: object) -> object:
+        read.append(str(path.relative_to(tmp_path / "run.zarr")))
+        return of_file(path, part)
+
+    monkeypatch.setattr(chunks, "_of_file", spy_on_files)
     run.attention("vision.self").isel(sample=3, layer=1).load()
-    chunks = [k for k in read if k.startswith("vision.self/attention/c/")]
-    assert chunks == ["vision.self/attention/c/1/1/0/0/0"]
+    found = [k for k in read if k.startswith("vision.self/attention/c/")]
+    assert found == ["vision.self/attention/c/1/1/0/0/0"]
 
 
 def test_samples_that_are_not_extracted_are_nan(tmp_path: Path) -> None:
