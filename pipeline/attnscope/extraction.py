@@ -23,11 +23,12 @@ from attnscope.capturing import Places, Taker
 from attnscope.claims import POLL, Claims
 from attnscope.conditions import Condition
 from attnscope.families import GENERIC, Inputs
+from attnscope.families.generating import generating
 from attnscope.families.labels import encoded_samples
 from attnscope.families.layouts import DEFAULT_LAYOUTS
 from attnscope.families.weights import projections
 from attnscope.growing import in_stored_order, room_for_regions, with_room
-from attnscope.loading import LoadedModel, load_model
+from attnscope.loading import LoadedModel, ModelError, load_model
 from attnscope.perturbing import Batches, extract_conditions
 from attnscope.plan import THUMBNAIL_PIXELS
 from attnscope.planning import (
@@ -126,6 +127,7 @@ def extract(
     encoding: str | None = None,
     form: str | None = None,
     summaries: bool | None = None,
+    generate: int | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
@@ -155,6 +157,8 @@ def extract(
         The scalar that gradients are taken of, see `ExtractSpec`.
     encoding, form, summaries
         How attention is stored, and whether its summaries are, see `ExtractSpec`.
+    generate
+        How many tokens the model may write behind each prompt, greedily; they are recorded with it.
     grow
         Whether samples that the run doesn't know yet are added behind those that it has.
     deadline
@@ -167,7 +171,7 @@ def extract(
     """
     begun = begin_extraction(
         model, samples, analysers, out, spec=spec, target=target, encoding=encoding, form=form, summaries=summaries,
-        device=device, dtype=dtype, attn_implementation=attn_implementation, revision=revision,
+        generate=generate, device=device, dtype=dtype, attn_implementation=attn_implementation, revision=revision,
         trust_remote_code=trust_remote_code, batch_size=batch_size, limit=limit, grow=grow, progress=progress,
         deadline=deadline,
     )  # fmt: skip
@@ -187,6 +191,7 @@ def begin_extraction(
     encoding: str | None = None,
     form: str | None = None,
     summaries: bool | None = None,
+    generate: int | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
@@ -200,7 +205,9 @@ def begin_extraction(
 ) -> "Extraction":
     """Load the model, and make the run or open the one that was begun: what `extract` does before the first block."""
     started = time.monotonic()
-    wanted = _wanted(analysers, spec, target=target, encoding=encoding, form=form, summaries=summaries)
+    wanted = _wanted(
+        analysers, spec, target=target, encoding=encoding, form=form, summaries=summaries, generate=generate
+    )
     listed, ready = _listed(samples, limit)
     loaded = load_model(
         model,
@@ -210,6 +217,8 @@ def begin_extraction(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    if wanted.generate:
+        loaded = _writing(loaded, wanted.generate, ready)
     report = _Reporter(progress, started, len(listed), deadline)
     with _evaluation(loaded.model), full_disk_told():
         source = str(samples) if isinstance(samples, str | Path) else ""
@@ -217,6 +226,16 @@ def begin_extraction(
         run, prepared = _open_or_create(loaded, recorded, (listed, ready), (out, source), batch_size, grow, report)
     report.total = len(prepared.samples)
     return Extraction(loaded, run, run.spec, prepared, ready, batch_size, report, wanted.conditions)
+
+
+def _writing(loaded: LoadedModel, most: int, ready: Sequence[Inputs] | None) -> LoadedModel:
+    """The model with a family that lets it write behind each prompt."""
+    if ready is not None:
+        raise SampleError("a model writes behind prompts that are made of samples; ready inputs are taken as they are")
+    try:
+        return replace(loaded, family=generating(loaded.family, loaded, most))
+    except ValueError as error:
+        raise ModelError(str(error)) from None
 
 
 @dataclass
@@ -462,6 +481,11 @@ def _check_same(run: Run, spec: ExtractSpec, digest: str) -> None:
     if run.attrs.get("weights_digest") != digest:
         raise RunError(
             f"{run.location} was extracted from other weights ({run.attrs.get('model')}); choose another place"
+        )
+    if run.spec.generate != spec.generate:
+        raise RunError(
+            f"{run.location} was extracted with generate={run.spec.generate}, and this is generate={spec.generate};"
+            " choose another place"
         )
     if run.spec != spec:
         run.require(spec)

@@ -145,7 +145,8 @@ class ExtractSpec:
     `target` names the scalar that gradients and scores are taken of: a class number, 'predicted', 'similarity',
     'cls_norm' or another name that the model's family knows; None is the family's default. `summaries`: with the
     attention, record what answers questions over many samples (`SUMMARIES`); on a CPU extraction then takes 1.3 to 1.8
-    times as long. `conditions` are changes of the inputs under which the model runs again; a run that stands gains
+    times as long. `generate`: let the model write up to so many tokens behind each prompt, and record them with it.
+    `conditions` are changes of the inputs under which the model runs again; a run that stands gains
     those that it lacks.
     """
 
@@ -156,6 +157,7 @@ class ExtractSpec:
     encoding: str = "float16"
     form: str = "auto"
     summaries: bool = False
+    generate: int = 0
     conditions: tuple[Condition, ...] = ()
 
     def __post_init__(self) -> None:
@@ -229,6 +231,7 @@ def union(specs: Iterable[ExtractSpec]) -> ExtractSpec:
         encoding=_widest({s.encoding for s in specs}),
         form=next(iter(forms), "auto"),
         summaries=any(s.summaries for s in specs),
+        generate=max((s.generate for s in specs), default=0),
         conditions=distinct(c for s in specs for c in s.conditions),
     )
 

@@ -84,6 +84,11 @@ class ExtractOptions(BaseModel):
         description="Whether entropy, strongest keys, and mass by kind of token are stored beside the attention; no"
         " if left alone.",
     )
+    generate: int | None = Field(
+        default=None,
+        ge=1,
+        description="How many tokens the model may write behind each prompt, to be recorded with it.",
+    )
     device: str | None = Field(
         default=None, description="Where the model runs, such as cpu or cuda:0; a GPU if there is one."
     )

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from attnscope.extraction import extract
 from attnscope.loading import LoadedModel, load_model
 from attnscope.quantities import ExtractSpec
+from attnscope.recording import recording
 from attnscope.run import Run
 from attnscope.samples import Sample
 from attnscope.testing import check_family
@@ -530,6 +531,29 @@ def test_llava(strategy: str, tmp_path: Path) -> None:
     last = result.inputs["attention_mask"].sum(1) - 1
     logits = result.loaded.model(**result.inputs).logits[torch.arange(3), last].amax(1)
     np.testing.assert_allclose(result.run.outputs.score.values[0][result.order], logits.detach(), rtol=1e-4)
+
+
+def test_llava_writes_behind_image_and_text(tmp_path: Path) -> None:
+    processor = transformers.LlavaProcessor(
+        square(), tokenizer("<image>"), patch_size=8, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    folder = save(transformers.LlavaForConditionalGeneration(llava_config()), tmp_path, processor)
+    run = extract(folder, samples(), spec=ExtractSpec(encoding="exact", generate=4))
+    loaded = load_model(folder)
+    for at, sample in enumerate(samples()):
+        inputs = loaded.family.encode([sample], loaded)
+        with recording(loaded.model) as recorded:
+            ids = loaded.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        prompt = inputs["input_ids"].shape[1]
+        kind = [KINDS[k] for k in run.tokens("joint").kind.values[at]]
+        assert kind[1:17] == ["image"] * 16
+        assert [i for i, k in enumerate(kind) if k == "generated"] == list(range(prompt, ids.shape[1]))
+        steps = [c for c in recorded if "language_model.layers.1." in c.module]
+        stored = run.attention("joint.self").values[at, 1]
+        for number, call in enumerate(steps):
+            row = prompt - 1 + number
+            np.testing.assert_allclose(stored[:, row, : row + 1], call.attention()[0, :, -1].numpy(), atol=5e-6)
 
 
 def test_a_prompt_is_made_by_the_chat_template_or_taken_as_it_is(tmp_path: Path) -> None:

@@ -43,6 +43,12 @@ def extract_options(command: Command) -> Command:
             default=None,
             help="Store what answers questions over many samples beside the attention (not by default).",
         ),
+        click.option(
+            "--generate",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Let the model write up to N tokens behind each prompt, and record them with it.",
+        ),
         click.option("--device", help="Where the model runs: cpu, cuda, cuda:1; a GPU if there is one."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the model."),
         click.option("--batch-size", type=click.IntRange(min=1), help="Samples that the model sees at once."),
