@@ -11,10 +11,10 @@ a process for each. The maps must agree before anything is timed.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -65,11 +65,23 @@ def ours(model: torch.nn.Module, pixels: torch.Tensor, out: str | None = None) -
     return found["relevance"].sel(stream="vision").values[:, 1:]
 
 
-def peak_memory(device: str) -> float:
-    """The most memory that this process has had, in MB."""
+def forget_peak(device: str) -> float:
+    """Begin to measure the peak of memory anew; what is in use now (MB)."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def peak_memory(device: str) -> float:
+    """The most memory that this process has had since (MB)."""
+    return torch.cuda.max_memory_allocated() / 2**20 if device.startswith("cuda") else _memory("VmHWM")
+
+
+def _memory(name: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
 
 
 def measured_alone(way: str, options: argparse.Namespace) -> float:
@@ -86,7 +98,7 @@ def memory_of(options: argparse.Namespace) -> None:
     pixels = torch.randn(options.batch, 3, side, side, device=options.device)
     with torch.no_grad():
         model(pixel_values=pixels[:1])
-    before = peak_memory(options.device)
+    before = forget_peak(options.device)
     if options.memory_of == "theirs":
         model.set_attn_implementation("eager")
         theirs(model, pixels)
@@ -130,8 +142,9 @@ def main() -> None:
             f"round {number}: equal to {worst:.1e}; " + ", ".join(f"{w} {t[-1]:.1f} s" for w, t in times.items()),
             flush=True,
         )
-    ratio = median(times["theirs"]) / median(times["ours"])
-    print(f"time: {options.batch} samples of {options.tokens} tokens, {ratio:.2f} times as fast as one by one")
+    if options.rounds:
+        ratio = median(times["theirs"]) / median(times["ours"])
+        print(f"time: {options.batch} samples of {options.tokens} tokens, {ratio:.2f} times as fast as one by one")
     peaks = {way: measured_alone(way, options) for way in ("ours", "theirs")}
     share = peaks["ours"] / peaks["theirs"]
     told = ", ".join(f"{way} {peak:,.0f} MB" for way, peak in peaks.items())
