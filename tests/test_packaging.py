@@ -65,6 +65,7 @@ MODEL_LINE = (
     "proving",
     "batching",
     "capturing",
+    "residuals",
     "hiding",
     "perturbing",
     "ready",

@@ -93,7 +93,12 @@ class Taker:
         self._laid: set[tuple[str, int]] = set()
         self.tokens: dict[str, int] = {}
 
-    def __call__(self, call: AttentionCall, gradient: torch.Tensor | None = None) -> None:
+    def __call__(
+        self,
+        call: AttentionCall,
+        gradient: torch.Tensor | None = None,
+        beside: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         found = self._places.find(call)
         if found is None:
             return
@@ -108,6 +113,7 @@ class Taker:
                 f"module {call.module!r} attends over a batch of {call.shape[0]} for {len(self._rows)} samples"
             )
         values = call_quantities(call, gradient, self._spec, plan, self._token_kinds(plan, *call.shape[2:]))
+        values |= {name: shares.numpy() for name, shares in (beside or {}).items()}
         if plan.form == "factored" and "attention" in self._spec.quantities:
             values |= self._factors(call, plan, layer)
         self._put(site, layer, values)
@@ -257,7 +263,8 @@ def _by_head_tiles(
     sums: dict[str, torch.Tensor] = {}
     if not wanted & (SUMMARIES | GRADIENT_QUANTITIES | {"attention", "attention_mean"}):
         return {}
-    for heads in head_tiles(call):
+    # With a gradient, attention, gradient, their product and its positive part are there at once.
+    for heads in head_tiles(call, 4 if spec.needs_gradient else 1):
         attention = call.attention(heads=heads)
         check_rows(attention, call)
         if "attention" in wanted:

@@ -7,7 +7,7 @@ and encode each layer as it comes, write, and mark the block as done at the very
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,10 +42,11 @@ from attnscope.planning import (
     run_model,
 )
 from attnscope.proving import look_at_projections
-from attnscope.quantities import ExtractSpec
+from attnscope.quantities import RESIDUALS, ExtractSpec
 from attnscope.ready import alike, collated, cut_batch, largest_inputs, text_lengths
 from attnscope.recording import AttentionCall, recording
 from attnscope.regions import RegionReader
+from attnscope.residuals import ResidualTap, residual_shares
 from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, BrokenRun, Run, RunError, RunStands, open_run
 from attnscope.samples import Sample, SampleError, read_samples, unique_ids
 from attnscope.stores import full_disk_told
@@ -798,26 +799,34 @@ def _run_batch(
         score = family.score(outputs, target, inputs, loaded) if wanted else None
         return None if score is None else score.float().cpu().numpy(), take.tokens
     with torch.enable_grad(), _graph_from_inputs(loaded.model, inputs) as leaves:
-        with recording(loaded.model) as recorded:
+        follows = bool(job.spec.quantities & RESIDUALS)
+        with recording(loaded.model) as recorded, ResidualTap(recorded) if follows else nullcontext() as tap:
             outputs = run_model(loaded, leaves)
         score = family.score(outputs, target, inputs, loaded)
-        calls: list[AttentionCall | None] = [c for c in recorded if job.places.find(c) is not None]
-        gradients = _output_gradients(score, [c for c in calls if c is not None])
-    del outputs, recorded
-    for i, gradient in enumerate(gradients):
-        take(calls[i], gradient)  # type: ignore[arg-type]
-        calls[i] = None
+        places = [i for i, c in enumerate(recorded) if job.places.find(c) is not None]
+        calls: list[AttentionCall | None] = [recorded[i] for i in places]
+        pairs = [None if tap is None else tap.pairs.get(i) for i in places]
+        wanted_of = [c.output for c in calls if c is not None] + [pair[1] for pair in pairs if pair is not None]
+        slopes = _gradients(score, wanted_of)
+    del outputs, recorded, tap, wanted_of
+    terms = iter(slopes[len(calls) :])
+    for i, gradient in enumerate(slopes[: len(calls)]):
+        call, pair = calls[i], pairs[i]
+        assert call is not None
+        slope = next(terms) if pair is not None else None
+        take(call, gradient, residual_shares(call, pair, slope) if follows else None)
+        calls[i] = pairs[i] = None
     take.finish()
     return score.detach().float().cpu().numpy(), take.tokens
 
 
-def _output_gradients(score: torch.Tensor, calls: Sequence[AttentionCall]) -> list[torch.Tensor | None]:
-    """Derivative of the score by the output of each call; None where the score doesn't depend on it."""
+def _gradients(score: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Derivative of the score by each tensor; None where the score doesn't depend on it."""
     if not score.requires_grad:
         raise RecordingError("the score does not depend on the model's inputs: no gradient can be taken of it")
-    dependent = [c.output for c in calls if c.output is not None and c.output.requires_grad]
+    dependent = [t for t in tensors if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(score.sum(), dependent, allow_unused=True) if dependent else ())
-    return [next(found) if c.output is not None and c.output.requires_grad else None for c in calls]
+    return [next(found) if t is not None and t.requires_grad else None for t in tensors]
 
 
 class _Regions:

@@ -64,6 +64,10 @@ QUANTITIES = (
              "head mean of the attention times the sum of each head's gradient (Grad-CAM on the attention)", _NAN),
     Quantity("attention_gradient", "site", ("sample", "layer", "query_token", "key_token"), "float32", "1",
              "head mean of gradient times attention, of either sign", _NAN),
+    Quantity("residual_norm", "site", ("sample", "layer", "query_token"), "float32", "1",
+             "weight of the residual beside the attention's output, by their norms, from 0 to 2", _NAN),
+    Quantity("residual_gradient", "site", ("sample", "layer", "query_token"), "float32", "1",
+             "weight of the residual beside the attention's output, by gradient times value, from 0 to 2", _NAN),
     Quantity("query", "site", ("sample", "layer", "head", "query_token", "channel"), "float32", "1",
              "query as the kernel received it: after rotary position and norm", _NAN),
     Quantity("key", "site", ("sample", "layer", "kv_head", "key_token", "channel"), "float32", "1",
@@ -108,7 +112,9 @@ QUANTITIES = (
 )  # fmt: skip
 
 SITE_QUANTITIES = {q.name: q for q in QUANTITIES if q.group == "site" and {"sample", "element"} & set(q.dims)}
-GRADIENT_QUANTITIES = frozenset({"attention_grad", "attention_relevance", "attention_gradcam", "attention_gradient"})
+RESIDUALS = frozenset({"residual_norm", "residual_gradient"})
+"""How much of each query goes around the attention; found in the forward that gradients are taken of."""
+GRADIENT_QUANTITIES = RESIDUALS | {"attention_grad", "attention_relevance", "attention_gradcam", "attention_gradient"}
 DERIVED_FROM = {"attention_mean": "attention", "attention_relevance": "attention_grad"}
 """Reductions, and the full array that makes each of them needless to store (with `attention` for the second)."""
 RULES = frozenset({"query_valid", "key_valid", "causal", "mask"})

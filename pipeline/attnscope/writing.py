@@ -51,10 +51,11 @@ def decoded(stored: torch.Tensor) -> torch.Tensor:
     return stored.float()
 
 
-def head_tiles(call: AttentionCall) -> list[slice]:
-    """Slices of heads whose float32 attention takes about 64 MiB, or 512 on a GPU."""
+def head_tiles(call: AttentionCall, arrays: int = 1) -> list[slice]:
+    """Slices of heads for which so many float32 arrays of the attention's size take about 64 MiB, or 512 on a GPU."""
     batch, heads, queries, keys = call.shape
-    step = max(1, _TILE_BYTES.get(call.device.type, 2**26) // max(1, 4 * batch * queries * keys))
+    room = _TILE_BYTES.get(call.device.type, 2**26) // arrays
+    step = max(1, room // max(1, 4 * batch * queries * keys))
     return [slice(h, min(h + step, heads)) for h in range(0, heads, step)]
 
 

@@ -63,12 +63,17 @@ class Relevance:
     that is known, else the CLS token, else the mean (see `readout_rows`); `start_layer` the first layer that takes
     part, counted from the end when negative; `streams` those that answers are read from, by default every one that no
     other looks at; `pictures` how many samples the report shows.
+
+    `weighting` lets residual and attention of each token count by their norms, or by gradient times value, where Chefer
+    et al. let both count alike: weighted accumulation after Huang et al. (arXiv 2308.10240), whose formula could not be
+    read. This one is our own, scaled so that equal terms give Chefer's rules.
     """
 
     name: ClassVar[str] = "relevance"
     title: ClassVar[str] = "Relevance of tokens"
     target: int | str | None = None
     methods: tuple[MethodName, ...] = ("relevance", "rollout", "attention")
+    weighting: Literal["none", "norm", "gradient"] = "none"
     row: int | Literal["auto", "cls", "mean"] = "auto"
     start_layer: int = 0
     streams: tuple[str, ...] | None = None
@@ -82,9 +87,10 @@ class Relevance:
             raise ValueError(f"relevance has no method {got}; its methods are {', '.join(METHODS)}")
 
     def requires(self) -> ExtractSpec:
-        return ExtractSpec(
-            quantities=frozenset({METHODS[m].quantity for m in self.methods} | {"score"}), target=self.target
-        )
+        wanted = {METHODS[m].quantity for m in self.methods} | {"score"}
+        if self.weighting != "none":
+            wanted.add(f"residual_{self.weighting}")
+        return ExtractSpec(quantities=frozenset(wanted), target=self.target)
 
     def analyse(self, run: Run) -> xr.Dataset:
         """One variable (stream, sample, token) per method, how concentrated its maps are and how far methods agree.
@@ -94,7 +100,9 @@ class Relevance:
         events = self._events(run)
         roots = self._roots(run, events)
         reached = [s for s in run.streams if any(s in reach(events, root) for root in roots)]
-        reader = Reader(run, events, self.row, self.methods)
+        reader = Reader(
+            run, events, self.row, self.methods, None if self.weighting == "none" else f"residual_{self.weighting}"
+        )
         found = {s: np.full((len(self.methods), len(run.status), n), np.nan, np.float32)
                  for s, n in run.plan.streams.items() if s in reached}  # fmt: skip
         dead = {s: np.zeros((2, len(run.status)), np.int64) for s in reached}

@@ -77,11 +77,16 @@ class Reader:
     """
 
     def __init__(
-        self, run: Run, events: Sequence[Event], row: "int | Literal['auto', 'cls', 'mean']", methods: Sequence[str]
+        self,
+        run: Run,
+        events: Sequence[Event],
+        row: "int | Literal['auto', 'cls', 'mean']",
+        methods: Sequence[str],
+        shares: str | None = None,
     ) -> None:
         self._run = run
         self._events = events
-        self._row, self._methods = row, methods
+        self._row, self._methods, self._shares = row, methods, shares
         self._window = range(0)
         self._held: dict[tuple[str, Event], np.ndarray] = {}
         self._valid: dict[Event, np.ndarray] = {}
@@ -98,7 +103,8 @@ class Reader:
         sizes = {s: int(r.sum()) for s, r in real.items()}
         if not sizes[root]:
             return {}
-        walk = Walk(self._events, lambda event: self._map(event, method.quantity), sizes)
+        weighted = self._share if self._shares is not None and method.explain is accumulate else None
+        walk = Walk(self._events, lambda event: self._map(event, method.quantity), sizes, weighted)
         found = {}
         for stream, row in method.explain(walk, root, self._readout(root)).items():
             if method.quantity == "attention_gradcam":
@@ -157,6 +163,12 @@ class Reader:
             at = slice(self._window.start, self._window.stop)
             self._valid[event] = array.isel(sample=at, layer=event.position).values
         return self._valid[event][self._sample - self._window.start]
+
+    def _share(self, event: Event) -> np.ndarray:
+        """The weight of the residual of each real query; 1 where it isn't known."""
+        values = self._run.array(event.site, str(self._shares)).isel(sample=self._sample, layer=event.position).values
+        values = values[self._real(event.queries)].astype(float)
+        return np.where(np.isfinite(values), values, 1.0)
 
     def _map(self, event: Event, quantity: str) -> np.ndarray:
         """The map of the sample in hand between real tokens, (query_token, key_token) float64."""

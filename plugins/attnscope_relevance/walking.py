@@ -63,13 +63,15 @@ Maps: TypeAlias = Callable[[Event], np.ndarray]
 class Walk:
     """Relevance of one sample along events that stand in the order in which the model ran them.
 
-    `sizes` are the tokens of each stream; `dead` counts rows whose relevance could not be normalised.
+    `sizes` are the tokens of each stream; `shares` the weight of the residual of each query of an event, (query_token,)
+    from 0 to 2, beside which the attention has the rest to 2 (1 and 1 where there are none); `dead` counts rows whose
+    relevance could not be normalised.
     """
 
     events: Sequence[Event]
     maps: Maps
     sizes: Mapping[str, int]
-    step: Callable[[np.ndarray, np.ndarray], np.ndarray] = add_relevance
+    shares: Callable[[Event], np.ndarray] | None = None
     dead: int = 0
     _state: dict[tuple[str, str], np.ndarray] | None = field(default=None, repr=False)
 
@@ -92,10 +94,11 @@ class Walk:
             event = self.events[at]
             if event.queries != stream:
                 continue
+            kept, gained = self._weights(event)
             if event.is_self:
-                row = self.step(row, self.maps(event))
+                row = add_weighted(row, self.maps(event), kept, gained)
                 continue
-            looked = self._normalised_column(stream, row, at) @ self.maps(event)
+            looked = self._normalised_column(stream, row * gained, at) @ self.maps(event)
             for name, part in self._normalised_rows(event.keys, looked, at).items():
                 found[name] = found[name] + part if name in found else part
         found[stream] = found[stream] + row if stream in found else row
@@ -105,8 +108,17 @@ class Walk:
         """R times a column (token,), through a stream's own attention."""
         for event in self.events[:until]:
             if event.queries == event.keys == stream:
-                column = column + self.maps(event) @ column
+                kept, gained = self._weights(event)
+                column = kept * column + gained * (self.maps(event) @ column)
         return column
+
+    def _weights(self, event: Event) -> tuple[np.ndarray, np.ndarray]:
+        """What the residual and the attention of each query count, (query_token,) each."""
+        if self.shares is None:
+            ones = np.ones(self.sizes[event.queries])
+            return ones, ones
+        kept = self.shares(event)
+        return kept, 2 - kept
 
     def _totals(self, stream: str, until: int) -> np.ndarray:
         """Row sums of R - I, (token,)."""
@@ -145,12 +157,13 @@ class Walk:
         added: list[tuple[tuple[str, str], np.ndarray]] = []
         for event in group:
             one, s, q = self.maps(event), event.queries, event.keys
+            kept, gained = (weight[:, None] for weight in self._weights(event))
             if event.is_self:
-                added += [((s, name), one @ state[s, name]) for name in self.sizes]
+                added += [((s, n), (kept - 1) * state[s, n] + gained * (one @ state[s, n])) for n in self.sizes]
             else:
                 mine, theirs = self._normalised(state[s, s]), self._normalised(state[q, q])
-                added.append(((s, q), mine.T @ one @ theirs))
-                added.append(((s, s), one @ state[q, s]))
+                added.append(((s, q), gained * (mine.T @ one @ theirs)))
+                added.append(((s, s), gained * (one @ state[q, s])))
         for place, addition in added:
             state[place] = state[place] + addition
 

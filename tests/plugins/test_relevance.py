@@ -159,6 +159,35 @@ def test_rows_of_a_stream_that_looks_at_another_equal_the_whole_matrices() -> No
             np.testing.assert_allclose(found[name], row @ whole[name], rtol=1e-12)
 
 
+@pytest.mark.parametrize("pattern", ["ii ii qq qi qq qi", "ii qq qi iq qq ii"])
+def test_weighted_walks_have_the_plain_one_and_the_identity_as_limits(pattern: str) -> None:
+    sizes = {"q": 3, "i": 5}
+    events, maps = two_streams(pattern, sizes)
+
+    def rows(share: float | None) -> walking.Rows:
+        shares = None if share is None else lambda event: np.full(sizes[event.queries], share)
+        return walking.Walk(events, maps.__getitem__, sizes, shares).rows("q", np.eye(3)[0])
+
+    for name, row in rows(None).items():
+        np.testing.assert_array_equal(rows(1.0)[name], row)
+    # All of the weight on the residual: nothing is passed on, each layer doubles what there is.
+    layers = pattern.count("qq")
+    np.testing.assert_allclose(rows(2.0)["q"], 2**layers * np.eye(3)[0])
+    assert not np.any(rows(2.0).get("i", 0))
+
+
+def test_weighted_rows_equal_the_weighted_matrices() -> None:
+    sizes = {"q": 3, "i": 5}
+    events, maps = two_streams("ii ii qq qi qq qi", sizes)
+    generator = np.random.default_rng(3)
+    shares = {e: generator.uniform(0.9, 1.1, sizes[e.queries]) for e in events}
+    walk = walking.Walk(events, maps.__getitem__, sizes, shares.__getitem__)
+    whole = by_matrices(walking.Walk(events, maps.__getitem__, sizes, shares.__getitem__))
+    for row in np.eye(3):
+        for name, found in walk.rows("q", row).items():
+            np.testing.assert_allclose(found, row @ whole[name], rtol=1e-12)
+
+
 def test_without_transpose_and_norm_across_streams_it_would_be_one_stream() -> None:
     # The block-matrix identity, and that equation 10 is something else.
     sizes = {"q": 3, "i": 4}

@@ -324,3 +324,71 @@ def test_start_layer_begins_later() -> None:
     found = extracted(model, inputs, 1, start_layer=-1)
     maps = spied(model, inputs, lambda outputs: outputs.logits[:, 1])
     assert_close(found, "vision", 0, single_stream(maps[-1:], 0, 0, slice(None)))
+
+
+@pytest.mark.parametrize("weighting", ["norm", "gradient"])
+def test_weights_of_a_vit_are_those_of_its_residual_sums(weighting: str) -> None:
+    model = widened(hf.ViTForImageClassification._from_config(hf.ViTConfig(**VISION), attn_implementation="eager"))
+    inputs = image()
+    analyser = Relevance(target=1, methods=("relevance",), weighting=weighting)  # type: ignore[arg-type]
+    run = attnscope.extract(model, [inputs], [analyser], spec=ExtractSpec(frozenset({"score"})))
+    found = attnscope.analyse(run, analyser, save=False)
+    maps = spied(model, inputs, lambda outputs: outputs.logits[:, 1])
+    # Everything again with the two terms of each sum kept: a block's input and what its attention's projection gives.
+    terms: list[torch.Tensor] = []
+    handles = []
+    for block in model.vit.layers:
+        handles.append(block.register_forward_pre_hook(lambda m, a: terms.append(a[0]) or a[0].retain_grad()))
+        handles.append(
+            block.attention.register_forward_hook(lambda m, a, out: terms.append(out[0]) or out[0].retain_grad())
+        )
+    model.vit.embeddings.register_forward_hook(lambda m, a, out: out.requires_grad_())
+    model(**inputs).logits[:, 1].sum().backward()
+    for handle in handles:
+        handle.remove()
+    # A block's input feeds the norm as well; the slope of the sum is that of what the attention adds to it.
+    for sample in range(2):
+        total = np.eye(17)
+        for layer, (_, a, g) in enumerate(maps):
+            x, o = (terms[2 * layer + n].detach().double().numpy()[sample] for n in (0, 1))
+            slope = terms[2 * layer + 1].grad.double().numpy()[sample]
+            if weighting == "norm":
+                one, other = np.linalg.norm(x, axis=-1), np.linalg.norm(o, axis=-1)
+            else:
+                one, other = (np.clip(slope * t, 0, None).mean(-1) for t in (x, o))
+            kept = np.where(one + other > 0, 2 * one / np.where(one + other > 0, one + other, 1), 1)
+            stored = run.array("vision.self", f"residual_{weighting}").isel(sample=sample, layer=layer).values
+            np.testing.assert_allclose(stored, kept, rtol=1e-4)
+            total = kept[:, None] * total + (2 - kept)[:, None] * (equation_5(a[sample], g[sample]) @ total)
+        assert_close(found, "vision", sample, {"relevance": total[0]})
+
+
+@pytest.mark.parametrize("name", ["lxmert", "bert", "blip", "gpt2", "t5", "clip"])
+def test_residual_sums_are_found_in_every_layer(name: str) -> None:
+    if name == "blip":
+        config = joint_models._two_towers(hf.BlipConfig, text={"encoder_hidden_size": 32})
+        model = widened(hf.BlipForImageTextRetrieval._from_config(config, attn_implementation="eager"))
+        inputs = {n: t[:1] for n, t in (text() | image()).items()}
+    elif name in ("lxmert", "clip"):
+        example = joint_models.EXAMPLES[name]
+        model, inputs = example.build("eager"), example.inputs()
+    elif name == "t5":
+        config = hf.T5Config(
+            vocab_size=99, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, decoder_start_token_id=0
+        )
+        model = widened(hf.T5ForConditionalGeneration._from_config(config, attn_implementation="eager"))
+        inputs = text() | {"decoder_input_ids": text()["input_ids"][:, :4]}
+    else:
+        configs = {"bert": hf.BertConfig(**TEXT), "gpt2": hf.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4)}
+        classes = {"bert": hf.BertModel, "gpt2": hf.GPT2LMHeadModel}
+        model = widened(classes[name]._from_config(configs[name], attn_implementation="eager"))
+        inputs = text()
+    analyser = Relevance(methods=("relevance",), weighting="norm")
+    run = attnscope.extract(model, [inputs], [analyser], spec=ExtractSpec(frozenset({"score"})))
+    for site in run.sites:
+        shares = run.array(site, "residual_norm").values
+        assert np.isfinite(shares).any(axis=(0, 2)).all(), site
+        assert ((shares >= 0) & (shares <= 2) | np.isnan(shares)).all()
+        assert np.nanstd(shares) > 1e-3
+    result = attnscope.analyse(run, analyser, save=False)
+    assert np.isfinite(result["relevance"]).any()
