@@ -17,7 +17,7 @@ READY_DEV := $(VENV)/.ready-dev-$(VERSION)
 .PHONY: help demo test lint format types spelling compatibility wheel clean
 
 help:
-	@echo 'make demo      set up, run the study on real photographs, write the report into $(DEMO_OUT)/'
+	@echo 'make demo      set up, run studies on real photographs and generated scenes, write reports into $(DEMO_OUT)/'
 	@echo 'make test      set up and run the tests (ARGS="-k name" for some of them)'
 	@echo 'make lint      check style and formatting; make format: put both right'
 	@echo 'make types     check types'
@@ -27,7 +27,7 @@ help:
 	@echo 'make clean     remove the environment, caches and built files'
 
 demo: $(READY)
-	@echo '== Running the study on embedded models and photographs; results go into $(DEMO_OUT)/'
+	@echo '== Running studies on embedded models, photographs and scenes; results go into $(DEMO_OUT)/'
 	$(BIN)/attnscope demo --out $(DEMO_OUT)
 
 test: $(READY_DEV)

@@ -553,6 +553,22 @@ def _wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+# -- studies without a model of one's own ------------------------------------------------------------------------------
+
+
+def test_a_study_without_a_model_looks_at_generated_scenes(tmp_path: Path) -> None:
+    told = output("study", "--out", str(tmp_path), "--engine", "inline", "--analyser", "relevance", "--limit", "3")
+    assert "3 of 3 samples extracted" in told
+    run = open_run(tmp_path / "run.zarr")
+    assert (run.attrs["model"], run.attrs["samples"]) == ("reference:clip", "reference:16")
+
+
+def test_another_model_needs_samples(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["study", "embedded:dinov2-small", "--out", str(tmp_path / "x")])
+    assert result.exit_code == 2
+    assert "name the samples that embedded:dinov2-small shall see" in result.stderr
+
+
 # -- the page about it -----------------------------------------------------------------------------------------------
 
 
