@@ -1,9 +1,10 @@
 """What a run costs beside the model, as the number of its samples grows: does anything grow faster than they do?
 
-    python benchmarks/scaling.py [--samples 1000 10000 100000]
+    python benchmarks/scaling.py [--samples 1000 10000] [--unit 8]
 
 The model is a BERT of 12 layers that is as small as can be, over texts of four words, and blocks hold 8 samples, as
 those of a ViT-B/16 do: so there are as many blocks, files, marks and claims as for that model, and next to no bytes.
+Most runs of smaller outputs have blocks of 64 (`--unit 64`).
 Everything runs in one process but `units`: calls that do nothing, with the samples of a block, on a Dask cluster of two
 processes. `first tenth` and `last tenth` are of the blocks in the order of their extraction.
 """
@@ -30,7 +31,6 @@ from attnscope.run import open_run
 from attnscope.samples import read_samples
 
 WORDS = ("the", "dog", "sees", "a", "cat")
-UNIT = 8
 Result = TypeVar("Result")
 
 
@@ -63,11 +63,14 @@ def nothing(block: range, samples: Sequence[object]) -> tuple[int, int]:
     return 0, len(samples)
 
 
-def measure(folder: Path, model: Path, count: int) -> dict[str, float]:
+def measure(folder: Path, model: Path, count: int, unit: int) -> dict[str, float]:
     """Seconds of each part."""
     texts, out = write_texts(folder / "texts.jsonl", count), folder / "run.zarr"
+    process = psutil.Process()
+    before = process.memory_info().rss
     samples, reading = timed(lambda: read_samples(texts))
-    begun, beginning = timed(lambda: begin_extraction(str(model), str(texts), out=out, batch_size=UNIT))
+    listed = process.memory_info().rss - before
+    begun, beginning = timed(lambda: begin_extraction(str(model), str(texts), out=out, batch_size=8))
     times = [time.perf_counter()]
     for _ in begun.blocks():
         times.append(time.perf_counter())
@@ -75,23 +78,22 @@ def measure(folder: Path, model: Path, count: int) -> dict[str, float]:
     run, opening = timed(lambda: open_run(out, read_only=False))
     _, marks = timed(run.missing)
     _, names = timed(lambda: run.sample_ids)
-    again, resuming = timed(lambda: begin_extraction(str(model), str(texts), out=out, batch_size=UNIT))
+    again, resuming = timed(lambda: begin_extraction(str(model), str(texts), out=out, batch_size=8))
     _, nothing_left = timed(lambda: list(again.blocks()))
-    write_texts(texts, count + UNIT)
-    grown, growing = timed(lambda: begin_extraction(str(model), str(texts), out=out, batch_size=UNIT, grow=True))
-    assert [len(block) for block in grown.blocks()] == [UNIT]
+    write_texts(texts, count + unit)
+    grown, growing = timed(lambda: begin_extraction(str(model), str(texts), out=out, batch_size=8, grow=True))
+    assert sum(map(len, grown.blocks())) == unit
     loaded = load_model(model)
-    inputs = loaded.family.encode(samples[:UNIT], loaded)
+    inputs = loaded.family.encode(samples[:8], loaded)
     with torch.no_grad():
         _, forward = timed(lambda: [loaded.model(**inputs) for _ in range(50)])
     blocks = run.blocks()
-    process = psutil.Process()
     with cluster_client("2", {}) as client:
         list(on_cluster(client, nothing, ((b, samples[b.start : b.stop]) for b in blocks[:100])))
-        memory = process.memory_info().rss
+        memory, processor = process.memory_info().rss, time.process_time()
         parts = ((block, samples[block.start : block.stop]) for block in blocks)
         done, units = timed(lambda: sum(1 for _ in on_cluster(client, nothing, parts)))
-        memory = process.memory_info().rss - memory
+        memory, processor = process.memory_info().rss - memory, time.process_time() - processor
     assert done == len(blocks)
     files = [path for path in out.rglob("*") if path.is_file()]
     return {
@@ -100,7 +102,7 @@ def measure(folder: Path, model: Path, count: int) -> dict[str, float]:
         "extract": times[-1] - times[0],
         "  first tenth": 10 * (times[tenth] - times[0]),
         "  last tenth": 10 * (times[-1] - times[-1 - tenth]),
-        "  of it the bare forward": forward / 50 / UNIT * count,
+        "  of it the bare forward": forward / 50 / 8 * count,
         "open": opening,
         "read all marks": marks,
         "read all names": names,
@@ -108,26 +110,29 @@ def measure(folder: Path, model: Path, count: int) -> dict[str, float]:
         "  look for missing blocks": nothing_left,
         "grow by a block": growing,
         "units on a cluster": units,
+        "  processor of who drives it": processor,
         "files": len(files) / 1e6,
         "bytes of metadata": sum(p.stat().st_size for p in files if p.name == "zarr.json") / 1e6,
         "memory that units leave behind": memory / 1e6,
+        "memory of the listed samples": listed / 1e6,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    parser.add_argument("--samples", type=int, nargs="+", default=[1000, 10_000])
+    parser.add_argument("--unit", type=int, default=8, help="samples in a block")
     parser.add_argument(
         "--out", type=Path, default=Path(tempfile.gettempdir()), help="where the runs go, and are deleted"
     )
     chosen = parser.parse_args()
-    attnscope.plan._UNIT_LIMIT = UNIT
+    attnscope.plan._UNIT_LIMIT = chosen.unit
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     found = {}
     for count in chosen.samples:
         with tempfile.TemporaryDirectory(dir=chosen.out) as folder:
             model = fake_model(Path(folder) / "model")
-            found[count] = measure(Path(folder), model, count)
+            found[count] = measure(Path(folder), model, count, chosen.unit)
             shutil.rmtree(Path(folder) / "run.zarr")
     print(f"{'microseconds (files, bytes) a sample':38}" + "".join(f"{count:>12,}" for count in found))
     for name in next(iter(found.values())):

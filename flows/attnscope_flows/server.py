@@ -1,6 +1,6 @@
 """A Prefect server for scheduled studies: finding one, starting one, and what it should have.
 
-Nothing here imports Prefect before it is needed: `environment` says what is to be set first.
+Nothing here imports Prefect before it is needed: `environment` sets first what Prefect reads then.
 """
 
 import os
@@ -68,16 +68,19 @@ def told() -> Iterator[None]:
         raise ServerError(f"the Prefect server can't be asked ({error})") from None
 
 
-def set_environment() -> str:
-    """Set what is not set yet for scheduled runs, and give the address of the server: the user's, or ours."""
+@contextmanager
+def environment() -> Iterator[str]:
+    """What scheduled runs need, where it is not set yet; gives the address of the server: the user's, or ours."""
     for name, value in {**_QUIET, **_SERVED}.items():
         os.environ.setdefault(name, value)
     use_own_home()
-    from prefect.settings import PREFECT_API_URL
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
     url = PREFECT_API_URL.value() or OWN_URL
+    # For processes that are started here, and for this one, which has read its environment by now.
     os.environ["PREFECT_API_URL"] = url
-    return url
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield url
 
 
 def answers(url: str) -> bool:

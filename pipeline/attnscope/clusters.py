@@ -79,7 +79,7 @@ def cluster_client(at: str, options: Mapping[str, object]) -> Iterator[Client]:
 def _opened(at: str, options: Mapping[str, object]) -> Iterator[Client]:
     if "://" in at:
         try:
-            client = Client(at, timeout="20s")
+            client = Client(at, timeout="10s")
         except (OSError, TimeoutError, ValueError) as error:
             raise ClusterError(f"no Dask scheduler answers at {at!r} ({_one_line(error)})") from None
         with client:

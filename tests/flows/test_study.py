@@ -1,5 +1,6 @@
 """Flows under a real Prefect: the same numbers as the library, and errors that keep what they are."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from attnscope.cli import main
 from attnscope.extraction import Progress
 from attnscope.loading import ModelError
 from attnscope.run import open_run
-from attnscope.study import AnalyserChoice, ExtractOptions
+from attnscope.study import AnalyserChoice, ClusterChoice, ExtractOptions
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("prefect"), pytest.mark.slow]
 
@@ -114,6 +115,31 @@ def test_trouble_that_can_pass_is_tried_again(
 
     assert trial() == {"run": "x"}
     assert len(tried) == 3
+
+
+def test_a_flow_drives_a_cluster_and_shows_what_came_of_it(model: Path, images: Path, tmp_path: Path) -> None:
+    from prefect.client.orchestration import get_client
+
+    from attnscope_flows.study import study_flow
+
+    cluster = ClusterChoice(at="1")
+    receipt = study_flow(str(model), str(images), str(tmp_path / "study"), CHOICES[:1], cluster=cluster)
+    assert receipt["extracted"] == 5
+    plain = attnscope.extract(str(model), str(images), [make_analyser("qk_svd")])
+    run = open_run(tmp_path / "study/run.zarr")
+    np.testing.assert_array_equal(run.attention("vision.self"), plain.attention("vision.self"))
+    with get_client(sync_client=True) as client:
+        shown = {
+            a.key: a for a in client.read_artifacts(limit=20) if a.key and tmp_path.name.replace("_", "-") in a.key
+        }
+    kinds = {key.partition("-")[0]: artifact for key, artifact in shown.items()}
+    assert set(kinds) == {"progress", "results", "figure", "report"}
+    assert float(kinds["progress"].data) == 100
+    assert "5 of 5 samples" in kinds["progress"].description
+    rows = json.loads(kinds["results"].data)
+    assert {row["analyser"] for row in rows} == {"qk_svd"} and all(row["samples"] == 5 for row in rows)
+    assert kinds["figure"].data.startswith("data:image/png;base64,iVBOR")
+    assert (tmp_path / "study/report.html").as_uri() in kinds["report"].data
 
 
 def test_the_command_line_runs_the_flow(model: Path, images: Path, tmp_path: Path) -> None:

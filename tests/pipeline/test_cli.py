@@ -615,3 +615,26 @@ def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = terminal.getvalue().split("\r\x1b[K")
     assert shown[1].startswith("[....................] 0 of 1,000 samples")
     assert shown[-2] == "[####################] 1,000 of 1,000 samples, 1.0 MB, 100 samples/s"
+
+
+def test_no_command_but_flows_needs_prefect_or_dask(
+    tiny_vit: Path, captioned_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("prefect", "distributed")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("prefect", "distributed"):
+        # Importing it fails as where it isn't installed.
+        monkeypatch.setitem(sys.modules, name, None)
+    run, out = str(tmp_path / "run.zarr"), str(tmp_path / "study")
+    model, samples = str(tiny_vit), str(captioned_images)
+    for command in (
+        ["extract", model, samples, "--out", run, "--for", "qk_svd", "--limit", "2"],
+        ["analyse", run, "qk_svd", "--option", "null_draws=2"],
+        ["report", run],
+        ["study", model, samples, "--out", out, "--engine", "inline", "--limit", "2", "--option", "null_draws=2"],
+    ):
+        done = CliRunner().invoke(main, command)
+        assert done.exit_code == 0, done.output
+    refused = CliRunner().invoke(main, ["extract", model, samples, "--out", run, "--cluster", "2"])
+    assert refused.exit_code == 2
+    assert "pip install 'attnscope[cluster]'" in refused.stderr

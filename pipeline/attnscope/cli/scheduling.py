@@ -62,8 +62,7 @@ def serve(pool: str, limit: int) -> int:
     """
     from attnscope_flows import server
 
-    url = server.set_environment()
-    with server.told(), server.own_server(url):
+    with server.environment() as url, server.told(), server.own_server(url):
         server.prepare(pool)
         click.echo(f"serving the work pool {pool!r}; what runs is shown at {url.removesuffix('/api')}")
         return server.work(pool, limit)
@@ -83,8 +82,8 @@ def prepare(pool: str, devices: Sequence[str]) -> None:
     from attnscope.loading import gpus
     from attnscope_flows import server
 
-    with server.told():
-        server.check_answers(server.set_environment())
+    with server.environment() as url, server.told():
+        server.check_answers(url)
         for sentence in server.prepare(pool, devices or gpus()):
             click.echo(sentence)
 
@@ -245,9 +244,8 @@ def _parameters(
 def _deploy(flow: str, when: dict[str, object], parameters: dict[str, object], about: str) -> None:
     from attnscope_flows import server
 
-    url = server.set_environment()
     pool = str(when["pool"])
-    with server.told():
+    with server.environment() as url, server.told():
         server.check_answers(url)
         server.prepare(pool)
         from attnscope_flows.deployments import deploy
