@@ -20,6 +20,7 @@ from attnscope import ExtractSpec, Run, hookimpl
 from attnscope.reading import (
     MODALITIES,
     TokenBlock,
+    allowed_keys,
     chosen_layers,
     chosen_sites,
     extracted_in,
@@ -148,7 +149,7 @@ class AttentionEntropy:
             for at, position in enumerate(positions):
                 weights = one[position - positions[0]]
                 entropies[at, place] = entropy(weights)
-                shares[at, place] = evenness(entropies[at, place], (np.nan_to_num(weights) > 0).sum(-1))
+                shares[at, place] = evenness(entropies[at, place], allowed_keys(run, site, layer, weights).sum(-1))
         measured = self._measure(entropies, shares, tokens)
         coordinates = {"modality": list(MODALITIES), "layer": list(layers), "head": np.arange(shape[2])}
         values = xr.Dataset(measured, coordinates)

@@ -16,7 +16,9 @@ from attnscope.loading import LoadedModel
 from attnscope.planning import run_model
 from attnscope.recording import AttentionCall, recording
 
-_TOLERANCE = 1e-3
+# What rounding in the model's own precision may do to a projection, over its largest value.
+_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
+_TOLERANCE_ELSE = 1e-3
 
 
 @dataclass
@@ -75,7 +77,8 @@ def _is_projection(query: torch.Tensor, hidden: torch.Tensor, weight: np.ndarray
     projected = torch.einsum("btf,hcf->bhtc", hidden.float(), matrix) + offset[None, :, None]
     if projected.shape != query.shape:
         return False
-    return bool((projected - query.float()).abs().max() <= _TOLERANCE * projected.abs().max().clamp(min=1e-6))
+    allowed = _TOLERANCE.get(query.dtype, _TOLERANCE_ELSE) * projected.abs().max().clamp(min=1e-6)
+    return bool((projected - query.float()).abs().max() <= allowed)
 
 
 def _is_norm(module: torch.nn.Module) -> bool:

@@ -65,6 +65,29 @@ def on_grid(values: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarr
     return grid
 
 
+def allowed_keys(run: Run, site: str, position: int, attention: np.ndarray) -> np.ndarray:
+    """Which keys each query may attend to, (..., query_token, key_token) bool, from the attention of one layer.
+
+    Where weights are stored as float32, or computed from query and key, a weight of 0 says that the key is masked. Half
+    precision and one-byte codes round small weights to 0 as well: there a key without weight counts as masked where the
+    layer is causal or has a window, or where its whole row has no weight. `position` is that of the layer in the run.
+    """
+    known = np.isfinite(attention)
+    weights = np.where(known, attention, 0)
+    plan = run.plan.sites[site]
+    if plan.form == "factored" or run.spec.encoding == "exact":
+        return weights > 0
+    allowed = known & (weights.sum(-1, keepdims=True) > 0)
+    queries, keys = weights.shape[-2:]
+    recipe = plan.recipes[position] if plan.recipes else None
+    ahead = np.arange(keys) - np.arange(queries)[:, None] - (recipe.causal_offset if recipe is not None else 0)
+    if plan.queries == plan.keys and queries > 1 and not weights[..., ahead > 0].any():
+        allowed = allowed & (ahead <= 0)
+    if recipe is not None and recipe.window is not None:
+        allowed = allowed & (np.abs(ahead) < recipe.window)
+    return allowed | (weights > 0)
+
+
 def chosen_sites(run: Run, sites: Sequence[str] | None) -> list[str]:
     """The sites that an analyser's option names, or all; ValueError for one that the run doesn't have."""
     for site in sites or ():

@@ -23,6 +23,7 @@ from attnscope import ExtractSpec, Run, hookimpl
 from attnscope.reading import (
     MODALITIES,
     TokenBlock,
+    allowed_keys,
     chosen_layers,
     chosen_sites,
     directions,
@@ -414,20 +415,14 @@ class _Reader:
         self._query, self._key = read("query"), read("key")
         self._value = read("value") if with_value else None
         self._attention = run.attention(site).isel(sample=samples, layer=position).values
+        self._place = (run, site, position)
         plan = run.plan.sites[site]
-        self._rounded = plan.form == "dense" and run.spec.encoding == "compact"
         self._groups = plan.heads // plan.kv_heads
 
     def of(self, sample: int) -> _Vectors:
         attention = self._attention[sample]
-        known = np.isfinite(attention)
-        weights = np.where(known, attention, 0)
-        allowed = weights > 0
-        if self._rounded:
-            # Codes of one byte round small weights to 0, which a mask would have to be told from.
-            later = np.triu(np.ones(weights.shape[-2:], bool), 1)
-            causal = weights.shape[-2] == weights.shape[-1] > 1 and not weights[:, later].any()
-            allowed = known & (weights.sum(-1, keepdims=True) > 0) & ~(later & causal)
+        weights = np.nan_to_num(attention)
+        allowed = allowed_keys(*self._place, attention)
         total = weights.sum(-1, keepdims=True)
         weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
         key, value = (

@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 
 from attnscope import Run
-from attnscope.reading import MODALITIES, directions, extracted_in, read_pictures, read_tokens
+from attnscope.reading import MODALITIES, allowed_keys, directions, extracted_in, read_pictures, read_tokens
 from attnscope.statistics import add_sums, sample_sums, sums_in
 
 GROUPS = ("same", "different", "background")
@@ -36,16 +36,17 @@ _DISPLAYED = (*_TOKEN_MAPS, "display_id", "display_picture")
 _RANKED = ("top_score", "top_sample", "top_same", "top_chance")
 
 
-def contributions(attention: np.ndarray, query_map: np.ndarray, key_map: np.ndarray, values: np.ndarray) -> np.ndarray:
+def contributions(
+    attention: np.ndarray, allowed: np.ndarray, query_map: np.ndarray, key_map: np.ndarray, values: np.ndarray
+) -> np.ndarray:
     """What each mode adds to the score of the keys that are attended to, over the mean key: (head, mode).
 
     Mean over queries i of s_n (x_i . u_n) sum_j (a_ij - 1/m_i) (v_n . x_j), with the m_i keys that i may attend to.
     Summed over the modes it is how far attended keys score above the mean key, which the part of a score that is the
-    same for all keys doesn't change. `attention` is (head, query_token, key_token) with NaN or 0 for keys that may not
-    be attended to, the maps (head, token, mode), `values` (head, mode). Queries without a key are left out.
+    same for all keys doesn't change. `attention` is (head, query_token, key_token), `allowed` the same in bool, the
+    maps (head, token, mode), `values` (head, mode). Queries without a key are left out.
     """
     weights = np.nan_to_num(attention)
-    allowed = weights > 0
     count = allowed.sum(-1, keepdims=True)
     over_mean = weights - np.divide(allowed, count, out=np.zeros_like(weights), where=count > 0)
     live = count[..., 0] > 0
@@ -212,7 +213,8 @@ class _Site:
             for sample, row in enumerate(self._positions - self._positions[0]):
                 self._prefer(sample, place, attention[row])
                 if self._modes is not None:
-                    self._follow(sample, place, attention[row], sides[0][row], sides[1][row])
+                    allowed = allowed_keys(self._run, self._site, position, attention[row])
+                    self._follow(sample, place, (attention[row], allowed), (sides[0][row], sides[1][row]))
         return self._described()
 
     def _read(self, name: str, at: slice, position: int) -> np.ndarray:
@@ -242,14 +244,17 @@ class _Site:
             found &= known & (part > 0) & (part <= self._options.largest)
         return found
 
-    def _follow(self, sample: int, place: int, attention: np.ndarray, query: np.ndarray, key: np.ndarray) -> None:
+    def _follow(
+        self, sample: int, place: int, attention: tuple[np.ndarray, np.ndarray], sides: tuple[np.ndarray, np.ndarray]
+    ) -> None:
+        """Take in one sample and layer: its attention and the keys that are allowed, its query and key."""
         modes = self._modes
         assert modes is not None
-        query_map, key_map = modes.maps(place, query, key)
+        query_map, key_map = modes.maps(place, *sides)
         # Padding holds anything.
         real = [~side.is_of("padding")[sample] for side in (self._queries, self._keys)]
         query_map, key_map = (np.where(r[None, :, None], m, 0) for r, m in zip(real, (query_map, key_map), strict=True))
-        gained = contributions(attention, query_map, key_map, modes.values[place])
+        gained = contributions(*attention, query_map, key_map, modes.values[place])
         if np.isfinite(gained).all():
             self._total[place] += gained
             self._count[place] += 1

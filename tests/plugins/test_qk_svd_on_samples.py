@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from attnscope import ExtractSpec, analyse, extract
+from attnscope import ExtractSpec, Sample, analyse, extract
 from attnscope.run import MissingQuantity
 from attnscope.testing import make_run
 from attnscope_qk_svd import QKSVD
@@ -50,7 +50,8 @@ def test_contributions_sum_to_how_far_attended_keys_score_above_the_mean() -> No
     allowed[2] = False
     attention = np.where(allowed, np.exp(scores), 0)
     attention = np.divide(attention, attention.sum(-1, keepdims=True), where=allowed.any(-1)[:, None], out=attention)
-    found = on.contributions(np.where(allowed, attention, np.nan), query, key, values)
+    rows = np.broadcast_to(allowed, attention.shape)
+    found = on.contributions(np.where(allowed, attention, np.nan), rows, query, key, values)
     gains = [
         [(attention[h, i] * scores[h, i]).sum() - scores[h, i, allowed[i]].mean() for i in range(6) if i != 2]
         for h in range(2)
@@ -270,3 +271,23 @@ def test_on_real_weights_the_models_own_inputs_are_read_off() -> None:
             read.transpose(0, 2, 1)[sized], expected.transpose(0, 2, 1)[sized], atol=2e-3 * np.abs(expected).max()
         )
     assert (result["contribution_count"] == 3).all()
+
+
+def test_rounding_weights_to_zero_masks_no_key(known_run) -> None:  # type: ignore[no-untyped-def]
+    options = {"on_samples": "yes", "draws": 5, "null_draws": 2}
+    for site in ("vision.self", "text.self"):
+        exact, half = (
+            analyse(known_run(sites=(site,), encoding=e).run, QKSVD(**options), save=False)
+            for e in ("exact", "float16")
+        )
+        np.testing.assert_allclose(half["contribution"], exact["contribution"], rtol=0.02, atol=0.05)
+        np.testing.assert_allclose(half["sample_cosine"], exact["sample_cosine"], atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_of_any_precision_is_seen_to_project_plainly(dtype: str) -> None:
+    sample = [Sample("one", text="A red cat sat on the box.")]
+    run = extract("embedded:minilm", sample, spec=ExtractSpec(YES.requires().quantities), dtype=dtype)
+    result = analyse(run, QKSVD(on_samples="yes", draws=5, null_draws=2), save=False)
+    assert result.attrs["caveats"] == ""
+    assert (result["contribution_count"] == 1).all()
