@@ -39,6 +39,7 @@ CORE = (
     "claims",
     "whole_shards",
     "selection",
+    "computed",
     "questions",
     "run",
     "tabling",

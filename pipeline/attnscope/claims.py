@@ -37,6 +37,7 @@ class Claims:
         self._owner = {"owner": uuid.uuid4().hex, "machine": _machine(), "process": os.getpid()}
         self._owner["born"] = _birth(os.getpid())
         self._held: dict[str, int] = {}
+        self._renewed: dict[str, float] = {}
         self._watched: dict[str, tuple[bytes, float]] = {}
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -56,6 +57,7 @@ class Claims:
 
     def take(self, name: str) -> bool:
         """Whether the part of this name is now ours; False while another, who seems to live, has it."""
+        begun = _clock()
         for number in itertools.count():
             key = _key(name, number)
             found = write_once(self._store, key, self._content())
@@ -66,11 +68,29 @@ class Claims:
             if not self._is_abandoned(key, found):
                 return False
         with self._lock:
-            self._held[name] = number
+            self._held[name], self._renewed[name] = number, begun
         if self._thread is None:
             self._thread = threading.Thread(target=self._renew, name="attnscope-claims", daemon=True)
             self._thread.start()
         return True
+
+    def holds(self, name: str) -> bool:
+        """Whether a part is still ours, as the store says now: nobody has taken it over."""
+        number = self._held.get(name)
+        mine = None if number is None else read(self._store, _key(name, number))
+        if number is None or mine is None or not self._is_mine(mine):
+            return False
+        return read(self._store, _key(name, number + 1)) is None
+
+    def may_hold(self, name: str) -> bool:
+        """The same, without looking where this process has renewed its claims lately, so that none can be lost."""
+        return _clock() - self._renewed.get(name, -STALE_AFTER) < STALE_AFTER / 2 or self.holds(name)
+
+    def give_up(self, name: str) -> None:
+        """Forget a part that another has taken over; the claims on it are the other's to delete."""
+        with self._lock:
+            self._held.pop(name, None)
+            self._renewed.pop(name, None)
 
     def release(self, name: str) -> None:
         """Give back a part that is done, with the claims that others abandoned."""
@@ -137,10 +157,15 @@ class Claims:
             with self._lock:
                 for name, number in self._held.items():
                     try:
+                        begun = _clock()
+                        # A process that was suspended must not revive a claim that another has succeeded.
+                        if not self.may_hold(name):
+                            continue
                         write(self._store, _key(name, number), self._content())
                     except OSError:
                         # What writes the block meets the same trouble, and tells.
                         break
+                    self._renewed[name] = begun
 
     def _forget(self, name: str, kind: type[BaseException] | None) -> None:
         # On a failure the claims that were taken over stay: they are known to be abandoned.
@@ -150,6 +175,11 @@ class Claims:
             # The first failure is the one to tell; a claim that stays grows stale.
             if kind is None:
                 raise
+
+
+def _clock() -> float:
+    """Seconds that also pass while the process, or the machine, is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.time()
 
 
 def _key(name: str, number: int) -> str:

@@ -305,13 +305,16 @@ class Extraction:
             job = _Job(self.loaded, self.run, self.spec, self.prepared, self.ready, self.fitting or 1, writer, places,
                        report.check, RegionReader(self.loaded), claims)  # fmt: skip
             try:
-                for block in _claimed(self.run, missing, claims, report.check):
-                    _extract_within_memory(job, block, report)
-                    # Once memory ran out, it would again.
-                    self.fitting = job.batch_size if self.fitting else None
+                # More than once only where others took over what this process had claimed, and didn't finish it.
+                while missing:
+                    for block in _claimed(self.run, missing, claims, report.check):
+                        _extract_within_memory(job, block, report)
+                        # Once memory ran out, it would again.
+                        self.fitting = job.batch_size if self.fitting else None
+                        yield from report.add(job.done)
+                    writer.flush()
                     yield from report.add(job.done)
-                writer.flush()
-                yield from report.add(job.done)
+                    missing = [block for block in missing if self.run.is_missing(block)]
             finally:
                 writer.close()
                 for _ in report.add(job.done):
@@ -683,7 +686,8 @@ def _extract_block(job: _Job, block: range) -> None:
     """Extract one block; it is committed when all of it is written, while the next one is under way."""
     batches, problems = _encoded_batches(job, block)
     rows = [r for batch_rows, _ in batches for r in batch_rows]
-    jobs = job.writer.block()
+    claim = _claim_name(job.run, block)
+    jobs = job.writer.block(lambda: job.claims.may_hold(claim))
     buffer = BlockBuffer(job.run, block, rows, jobs)
     tokens = {name: TokenBuffer(len(block), count) for name, count in job.run.plan.streams.items()}
     regions = _Regions(job, block)
@@ -710,9 +714,17 @@ def _extract_block(job: _Job, block: range) -> None:
     done = _BlockDone(block, len(problems), buffer.bytes)
 
     def finish() -> None:
+        if not job.claims.may_hold(claim):
+            # This process was suspended, and another has taken the block over: it is the other's to write.
+            job.claims.give_up(claim)
+            return
         regions.write()
         _write_rest(job, block, tokens, scores, pictures, problems)
-        job.claims.release(_claim_name(job.run, block))
+        if not job.claims.holds(claim):
+            job.claims.give_up(claim)
+            return
+        job.run.commit(block, np.array([LEFT_OUT if r in problems else EXTRACTED for r in range(len(block))]))
+        job.claims.release(claim)
         job.done.append(done)
 
     jobs.close(finish)
@@ -726,7 +738,7 @@ def _write_rest(
     pictures: np.ndarray,
     problems: Mapping[int, str],
 ) -> None:
-    """Write what is not of a site, and at the very end the mark that the block is done."""
+    """Write what is not of a site."""
     run = job.run
     for name, stream in tokens.items():
         run.write_tokens(name, block, stream.layout)
@@ -738,7 +750,6 @@ def _write_rest(
     digests = ["" if r in problems else s.image_digest() for r, s in enumerate(samples)]
     run.write_block("samples/image_digest", block, np.array(digests, object))
     run.write_block("samples/reason", block, np.array([problems.get(r, "") for r in range(len(block))], object))
-    run.commit(block, np.array([LEFT_OUT if r in problems else EXTRACTED for r in range(len(block))]))
 
 
 def _encoded_batches(work: _Work, block: range) -> tuple[list[tuple[list[int], Inputs]], dict[int, str]]:

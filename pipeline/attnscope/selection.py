@@ -109,12 +109,17 @@ def select(
     return choose(run, site, quantity, choices).values()
 
 
-def choose(run: "Run", site: str, quantity: str, choices: Mapping[str, Choice]) -> Selection:
-    """The selection that `select` reads; `choices` are by 'sample', 'layer', 'head', 'query' and 'key'."""
+def choose(
+    run: "Run", site: str, quantity: str, choices: Mapping[str, Choice], computed: xr.DataArray | None = None
+) -> Selection:
+    """The selection that `select` reads; `choices` are by 'sample', 'layer', 'head', 'query' and 'key'.
+
+    `computed` stands in for a quantity that the run doesn't hold.
+    """
     known = run.quantities(site)
-    if quantity not in known:
+    if quantity not in known and computed is None:
         raise SelectionError(f"site {site!r} of {run.location} has no {quantity!r}; it has {', '.join(known)}")
-    array = _with_tokens(run, site, run.array(site, quantity))
+    array = _with_tokens(run, site, run.array(site, quantity) if computed is None else computed)
     dims = {name: _dim_of(name, array, quantity) for name, choice in choices.items() if choice is not None}
     chosen: dict[str, int | np.ndarray] = {}
     for name in ("sample", "layer", "head"):

@@ -74,9 +74,9 @@ class BlockWriter:
         self._waiting = 0
         self._failure: BaseException | None = None
 
-    def block(self) -> "BlockJobs":
-        """A queue for the jobs of one block."""
-        return BlockJobs(self)
+    def block(self, wanted: Callable[[], bool] = lambda: True) -> "BlockJobs":
+        """A queue for the jobs of one block, each of which is left out unless it is still `wanted`."""
+        return BlockJobs(self, wanted)
 
     def put(self, job: Callable[[], None], after: Callable[[bool], None]) -> None:
         """Run a job later, and after it `after` with whether it succeeded; waits while the queue is full."""
@@ -122,8 +122,9 @@ class BlockWriter:
 class BlockJobs:
     """The jobs of one block, of which the last waits for the others."""
 
-    def __init__(self, writer: BlockWriter) -> None:
+    def __init__(self, writer: BlockWriter, wanted: Callable[[], bool]) -> None:
         self._writer = writer
+        self._wanted = wanted
         self._lock = threading.Lock()
         self._open = 1
         self._last: Callable[[], None] | None = None
@@ -132,7 +133,7 @@ class BlockJobs:
         """Write later; waits while the queue is full."""
         with self._lock:
             self._open += 1
-        self._writer.put(job, self._done)
+        self._writer.put(lambda: job() if self._wanted() else None, self._done)
 
     def close(self, last: Callable[[], None]) -> None:
         """Say that no job follows but the last one, which runs when all others have succeeded."""

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +29,10 @@ SAMPLES, UNIT = 60, 2
 # Forks a child for each extraction, since most of a small one's time goes into imports. Every block that a child
 # extracts is noted in a log.
 _NURSERY = """
-import os, sys
+import os, signal, sys
 import torch
 from transformers import BertModel
-import attnscope.extraction, attnscope.plan
+import attnscope.claims, attnscope.extraction, attnscope.plan
 from attnscope.quantities import ExtractSpec
 
 folder, samples, unit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -51,13 +51,28 @@ def extract(out):
     attnscope.extraction._extract_block = noted
     attnscope.extraction.extract(model, inputs, out=out, spec=spec, batch_size=1)
 
+def stop_in_the_third_block():
+    whole, seen = attnscope.extraction._run_batch, set()
+    def stopping(job, buffer, *rest):
+        seen.add(id(buffer))
+        if len(seen) == 3:
+            seen.add(None)
+            job.writer.flush()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return whole(job, buffer, *rest)
+    attnscope.extraction._run_batch = stopping
+
 for line in sys.stdin:
-    count, out = line.split()
+    count, out, *stops = line.split()
     children = []
-    for _ in range(int(count)):
+    for number in range(int(count)):
         child = os.fork()
         if child == 0:
             try:
+                if stops:
+                    attnscope.claims.STALE_AFTER, attnscope.claims.RENEW_EVERY = 2.0, 0.3
+                    if number == 0:
+                        stop_in_the_third_block()
                 extract(out)
             except BaseException:
                 import traceback
@@ -76,9 +91,10 @@ class Nursery:
 
     process: "subprocess.Popen[str]"
 
-    def begin(self, out: Path, count: int = 1) -> list[int]:
+    def begin(self, out: Path, count: int = 1, stops: bool = False) -> list[int]:
+        """Where one `stops`, the first suspends itself in its third block."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{count} {out}\n")
+        self.process.stdin.write(f"{count} {out}{' stops' if stops else ''}\n")
         self.process.stdin.flush()
         return self._numbers()
 
@@ -126,6 +142,30 @@ def assert_equal_and_clean(run: Path, other: Path) -> None:
         np.testing.assert_array_equal(mine[path], values, err_msg=path)
     assert check_run(open_run(run)).faults == ()
     assert [p for p in run.rglob("*") if p.is_file() and (p.suffix == ".partial" or "claims" in p.parts)] == []
+
+
+def test_a_suspended_process_leaves_alone_what_another_took_over(
+    nursery: Nursery, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run.zarr"
+    stopped, _ = nursery.begin(out, 2, stops=True)
+
+    def wait_for(what: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not what():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    wait_for(lambda: Path(f"/proc/{stopped}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+    try:
+        wait_for(lambda: bool((open_run(out).status != MISSING).all()))
+        finished = {path: path.stat().st_mtime_ns for path in out.rglob("c/*") if path.is_file()}
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    assert nursery.end() == [0, 0]
+    # The block that it had in hand when it was suspended was done by the other, and is as the other wrote it.
+    assert finished == {path: path.stat().st_mtime_ns for path in finished}
+    assert_equal_and_clean(out, undisturbed)
 
 
 def written_at(run: Path) -> dict[int, tuple[int, int]]:

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import attnscope
+from attnscope.computed import COMPUTABLE, computed_summary
 from attnscope.extraction import extract
 from attnscope.quantities import RANKS, SUMMARIES, ExtractSpec
 from attnscope.run import Run
@@ -124,6 +125,17 @@ def test_compact_attention_keeps_its_stated_bounds(tiny_clip: Path, captioned_im
         rows = ours / ours.sum("key_token") - theirs
         variation = np.abs(rows).sum("key_token", min_count=1) / 2
         assert float(variation.max()) < 0.015
+
+
+@pytest.mark.parametrize("name", COMPUTABLE)
+def test_what_is_not_stored_is_computed_from_the_attention(name: str, tiny_clip: Path, captioned_images: Path) -> None:
+    run = extract(tiny_clip, captioned_images, summaries=True, form="dense")
+    for site in run.sites:
+        stored, computed = run.array(site, name), computed_summary(run, site, name)
+        assert stored.dims == computed.dims
+        np.testing.assert_allclose(computed.values, stored.values, rtol=1e-5, atol=1e-5)
+        part = {"sample": [7, 1], "layer": 1, "head": slice(1, 3), stored.dims[3]: [2, 0]}
+        np.testing.assert_array_equal(computed.isel(part).values, computed.values[[7, 1], 1, 1:3][:, :, [2, 0]])
 
 
 def test_every_code_is_the_nearest_to_its_own_weight() -> None:

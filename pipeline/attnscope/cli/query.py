@@ -56,9 +56,11 @@ def query(
     SITE is a kind of attention, such as vision.self, and QUANTITY another quantity of it than attention. Without a
     SITE the command lists what the run holds.
 
-    With --stat, which reads no attention: entropy (nats, mean over the chosen queries, by head), mass (what keys of a
-    kind get together, mean over the queries of a kind), or max (the largest weight between them).
+    With --stat, which reads no attention of a run with summaries: entropy (nats, mean over the chosen queries, by
+    head), mass (what keys of a kind get together, mean over the queries of a kind), or max (the largest weight between
+    them).
     """
+    from attnscope.computed import computed_summary
     from attnscope.run import open_run
     from attnscope.selection import choose
 
@@ -73,7 +75,11 @@ def query(
             raise click.UsageError(f"--stat {stat} is of the attention: name the site alone, {name!r}")
         quantity = STATS[stat]
     quantity = quantity or "attention"
-    selection = choose(opened, name, quantity, choices)
+    computed = None
+    if stat is not None and quantity not in opened.quantities(name) and "attention" in opened.quantities(name):
+        computed = computed_summary(opened, name, quantity)
+        click.echo(f"{run} holds no summaries: --stat {stat} reads the attention itself", err=True)
+    selection = choose(opened, name, quantity, choices, computed)
     if stat == "entropy" and "query_token" in selection.array.dims and "query" not in means:
         means = (*means, "query")
     answer = Answer(selection, f"{name}/{quantity}", tuple(sums), tuple(means))
