@@ -96,6 +96,10 @@ class Bucket(ObjectStore):
         super().__init__(store, read_only=read_only)
         self._url = url
 
+    def __str__(self) -> str:
+        # obstore panics where it is to describe an Azure store whose account comes from the environment.
+        return self._url
+
     def with_read_only(self, read_only: bool = False) -> Self:
         """The same place, for reading only or not."""
         return type(self)(self.store, read_only=read_only, url=self._url)

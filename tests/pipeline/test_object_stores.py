@@ -1,5 +1,9 @@
 """Runs in buckets, on the web and in memory: the same values, few requests, and one sentence for what fails."""
 
+import base64
+import contextlib
+import hmac
+import http.client
 import json
 import os
 import re
@@ -13,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from email.utils import formatdate
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,7 +39,7 @@ from attnscope.claims import Claims
 from attnscope.cli import main
 from attnscope.extraction import extract
 from attnscope.loading import load_model
-from attnscope.object_stores import fsspec_store
+from attnscope.object_stores import Bucket, fsspec_store
 from attnscope.run import RunError, open_run
 from attnscope.stores import StoreError, Unreachable, can_pass, keys, open_store, write_once
 from attnscope.testing import make_run
@@ -43,6 +48,10 @@ BUCKET = "runs"
 PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
          "s3.port", "s3.port.grpc")  # fmt: skip
 READY_WITHIN = 90.0
+AZURITE = shutil.which("azurite-blob")
+# Known to everybody: Azurite has no other.
+AZURE_ACCOUNT = "devstoreaccount1"
+AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 WEED = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
@@ -102,6 +111,70 @@ def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
     """A place of its own in a bucket."""
     environment(monkeypatch, server)
     return f"s3://{BUCKET}/{request.node.name}"
+
+
+@pytest.fixture
+def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A place in a container of an Azure blob server (Azurite), with the account and key that it is known for."""
+    if AZURITE is None:
+        pytest.skip("Azurite is not installed: npm install --global azurite")
+    (port,) = free_ports(1)
+    command = [AZURITE, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(tmp_path / "azurite")]
+    command += ["--silent", "--skipApiVersionCheck", "--disableTelemetry"]
+    for name in [name for name in os.environ if name.startswith("AZURE_")]:
+        monkeypatch.delenv(name)
+    account = {"STORAGE_ACCOUNT_NAME": AZURE_ACCOUNT, "STORAGE_ACCOUNT_KEY": AZURE_KEY, "ALLOW_HTTP": "true"}
+    for name, value in (account | {"STORAGE_ENDPOINT": f"http://127.0.0.1:{port}/{AZURE_ACCOUNT}"}).items():
+        monkeypatch.setenv(f"AZURE_{name}", value)
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            make_container(port, process)
+            yield f"az://{BUCKET}/run.zarr"
+        finally:
+            process.kill()
+
+
+def make_container(port: int, process: "subprocess.Popen[bytes]") -> None:
+    """Create the container; a request signed as "Authorize with Shared Key" of Azure's documentation says."""
+    date = formatdate(usegmt=True)
+    path = f"/{AZURE_ACCOUNT}/{BUCKET}"
+    said = f"x-ms-date:{date}\nx-ms-version:2021-08-06\n/{AZURE_ACCOUNT}{path}\nrestype:container"
+    signed = hmac.digest(base64.b64decode(AZURE_KEY), f"PUT{chr(10) * 12}{said}".encode(), "sha256")
+    headers = {"x-ms-date": date, "x-ms-version": "2021-08-06", "Content-Length": "0"}
+    headers["Authorization"] = f"SharedKey {AZURE_ACCOUNT}:{base64.b64encode(signed).decode()}"
+    deadline = time.monotonic() + READY_WITHIN
+    while True:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+            try:
+                connection.request("PUT", f"{path}?restype=container", headers=headers)
+                assert connection.getresponse().status == 201
+                return
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise
+        time.sleep(0.2)
+
+
+def test_a_run_in_an_azure_container_is_made_claimed_read_and_checked(container: str) -> None:
+    made = make_run(location=container)
+    run = open_run(container)
+    for site in run.sites:
+        np.testing.assert_array_equal(run.attention(site).values, made.attention(site).values)
+    assert check_run(run).faults == ()
+    store = open_store(container, read_only=False)
+    with Claims(store) as one, Claims(store) as other:
+        assert one.take("0")
+        assert not other.take("0")
+        assert one.holds("0")
+
+
+def test_a_bucket_is_named_by_its_address_whatever_its_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    import obstore.store
+
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", AZURE_ACCOUNT)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", AZURE_KEY)
+    bucket = Bucket(obstore.store.from_url("az://runs/run.zarr"), url="az://runs/run.zarr")
+    assert "az://runs/run.zarr" in repr(bucket)
 
 
 class Ranges(SimpleHTTPRequestHandler):

@@ -1,5 +1,6 @@
 """Summaries of attention: what they say is what the stored attention says, whatever the model and the form."""
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 
 import attnscope
+from attnscope.cli import main
 from attnscope.computed import COMPUTABLE, computed_summary
 from attnscope.extraction import extract
 from attnscope.quantities import RANKS, SUMMARIES, ExtractSpec
@@ -152,3 +155,23 @@ def test_reading_summaries_touches_no_attention(tmp_path: Path, tiny_vit: Path, 
     for path in (tmp_path / "run.zarr").glob("*/attention/c"):
         path.rename(path.with_name("away"))
     assert not np.isnan(attnscope.open_run(run.location).array("vision.self", "entropy").values).any()
+
+
+@pytest.mark.parametrize("stat", [["entropy"], ["mass", "--query", "cls"], ["max", "--key", "image"]])
+def test_the_command_computes_statistics_where_none_are_stored(
+    stat: list[str], tiny_vit: Path, captioned_images: Path, tmp_path: Path
+) -> None:
+    told = []
+    for name, summaries in (("with", True), ("without", False)):
+        extract(tiny_vit, captioned_images, out=tmp_path / name, summaries=summaries, form="dense")
+        command = ["query", str(tmp_path / name), "vision.self", "--format", "csv", "--stat", *stat]
+        told.append(CliRunner().invoke(main, command, prog_name="attnscope"))
+    assert [one.exit_code for one in told] == [0, 0]
+    assert "reads the attention itself" in told[1].stderr
+    assert not told[0].stderr
+    stored, computed = (list(csv.DictReader(one.stdout.splitlines())) for one in told)
+    assert len(stored) == len(computed) > 0
+    for mine, theirs in zip(computed, stored, strict=True):
+        (label,) = (n for n in mine if n in ("entropy", "kind_mass", "kind_max"))
+        assert float(mine.pop(label)) == pytest.approx(float(theirs.pop(label)), abs=1e-5)
+        assert mine == theirs
