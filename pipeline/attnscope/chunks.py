@@ -153,7 +153,9 @@ async def _of_object(get: _Get, layout: _Layout, one: _Wanted) -> list[Content |
     try:
         index = np.frombuffer(_unchecked(content[-length:]), "<u8").reshape(*layout.grid, 2)
     except ValueError as error:
-        raise BrokenChunk(f"the index of {one.key!r} can't be read ({error}); run: attnscope check") from None
+        raise BrokenChunk(
+            f"the run can't be read (the index of {one.key!r}: {error}); attnscope check names what is broken"
+        ) from None
     spans = [(int(index[place][0]), int(index[place][1])) for place in one.chunks]
     if whole:
         return [None if offset == _NO_CHUNK else content[offset : offset + size] for offset, size in spans]
@@ -198,7 +200,9 @@ def _decoded(array: zarr.Array, layout: _Layout, content: Content) -> np.ndarray
             content = step(content)
         return np.frombuffer(content, array.dtype).reshape(layout.chunk)
     except (RuntimeError, ValueError) as error:
-        raise BrokenChunk(f"a chunk of {array.path!r} can't be decoded ({error}); run: attnscope check") from None
+        raise BrokenChunk(
+            f"the run can't be read (a chunk of {array.path!r}: {error}); attnscope check names what is broken"
+        ) from None
 
 
 def _layout(array: zarr.Array) -> _Layout | None:

@@ -13,7 +13,7 @@ TRACEBACK_VARIABLE = "ATTNSCOPE_TRACEBACK"
 DATA_AT_FAULT, COMMAND_AT_FAULT, INTERRUPTED = 1, 2, 130
 
 # Errors of ours that blame the data; all others blame the command.
-_BLAME_DATA = frozenset({"BrokenRun", "DataFault", "SampleError"})
+_BLAME_DATA = frozenset({"BrokenChunk", "BrokenRun", "DataFault", "SampleError"})
 _EXTRA_OF = {
     "duckdb": "sql",
     "matplotlib": "report",
