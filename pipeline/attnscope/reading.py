@@ -46,15 +46,29 @@ def extracted_in(run: Run, block: range) -> np.ndarray:
 
 def read_tokens(run: Run, stream: str, positions: np.ndarray) -> TokenBlock:
     """The tokens of a stream for the samples at these positions."""
-    tokens = run.tokens(stream).isel(sample=positions)
-    kind, text, row, column = (tokens[name].values for name in ("kind", "token_text", "row", "column"))
+    tokens = run.tokens(stream)
+    kind, text, row, column = (_rows(tokens[name], positions) for name in ("kind", "token_text", "row", "column"))
     empty = np.full((len(positions), 0, tokens.sizes["token"]), np.nan, np.float32)
-    return TokenBlock(kind, text, row, column, tokens["region_share"].values if "region_share" in tokens else empty)
+    shares = _rows(tokens["region_share"], positions) if "region_share" in tokens else empty
+    return TokenBlock(kind, text, row, column, shares)
 
 
 def read_pictures(run: Run, positions: Sequence[int] | np.ndarray) -> np.ndarray | None:
     """The images of these samples as the model saw them, (sample, row, column, colour) uint8; None in a run of text."""
-    return run.samples["thumbnail"].isel(sample=np.asarray(positions)).values if run.plan.thumbnails else None
+    return _rows(run.samples["thumbnail"], np.asarray(positions)) if run.plan.thumbnails else None
+
+
+def _rows(array: xr.DataArray, positions: np.ndarray) -> np.ndarray:
+    """Values of the samples at these positions; a slice is read, or each by itself where they lie far apart.
+
+    To read places that are listed one by one takes zarr an index for every number (288 MB for 64 pictures).
+    """
+    if not len(positions):
+        return array.isel(sample=slice(0, 0)).values
+    first, last = int(positions.min()), int(positions.max())
+    if last - first < 4 * len(positions):
+        return array.isel(sample=slice(first, last + 1)).values[positions - first]
+    return np.stack([array.isel(sample=int(at)).values for at in positions])
 
 
 def on_grid(values: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray:
