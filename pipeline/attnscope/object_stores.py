@@ -25,7 +25,8 @@ BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "adl", "azure", "abfs", "abfss")
 _AT_FIRST: dict[str, Any] = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 _TIMES = {"connect_timeout": "5s", "timeout": "60s"}
 _ALLOW_HTTP = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
-_REFUSED = ("403", "401", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+# With the space before them, since the number of a port may hold them, too.
+_REFUSED = (" 403", " 401", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 _NO_BUCKET = ("NoSuchBucket", "bucket does not exist", "ContainerNotFound")
 _NETWORK = ("error sending request", "timed out", "dns error", "credential", "retries", "connect")
 
