@@ -130,7 +130,7 @@ def test_a_flow_drives_a_cluster_and_shows_what_came_of_it(model: Path, images: 
     np.testing.assert_array_equal(run.attention("vision.self"), plain.attention("vision.self"))
     with get_client(sync_client=True) as client:
         shown = {
-            a.key: a for a in client.read_artifacts(limit=20) if a.key and tmp_path.name.replace("_", "-") in a.key
+            a.key: a for a in client.read_artifacts(limit=200) if a.key and tmp_path.name.replace("_", "-") in a.key
         }
     kinds = {key.partition("-")[0]: artifact for key, artifact in shown.items()}
     assert set(kinds) == {"progress", "results", "figure", "report"}
