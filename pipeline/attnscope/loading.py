@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,14 @@ def load_model(
     config = _config(name, source, revision, trust_remote_code)
     if architecture is not None:
         config.architectures = [architecture]
-    loaded = _weights(name, source, config, dtype, attn_implementation, revision, trust_remote_code)
+    read = partial(_weights, name, source, config, dtype, attn_implementation, revision, trust_remote_code)
+    loaded = read()
+    if any(parameter.is_meta for parameter in loaded.parameters()):
+        # Seen once, on a busy machine: transformers returned a model with an embedding that it had not filled.
+        loaded = read()
+    unfilled = [n for n, parameter in loaded.named_parameters() if parameter.is_meta]
+    if unfilled:
+        raise ModelError(f"transformers left {unfilled[0]!r} of model {name!r} without values; try again")
     loaded = _on_device(loaded, device).eval()
     for parameter in loaded.parameters():
         parameter.requires_grad_(False)
