@@ -25,7 +25,7 @@ import transformers
 
 import attnscope.plan
 from attnscope.clusters import cluster_client, on_cluster
-from attnscope.extraction import begin_extraction
+from attnscope.extraction import Extraction, extract
 from attnscope.loading import load_model
 from attnscope.run import open_run
 from attnscope.samples import read_samples
@@ -63,6 +63,13 @@ def nothing(block: range, samples: Sequence[object]) -> tuple[int, int]:
     return 0, len(samples)
 
 
+def begun_at(out: Path, model: Path, texts: Path, grow: bool = False) -> Extraction:
+    """An extraction before its first block."""
+    begun: list[Extraction] = []
+    extract(str(model), str(texts), out=out, batch_size=8, grow=grow, drive=begun.append)
+    return begun[0]
+
+
 def measure(folder: Path, model: Path, count: int, unit: int) -> dict[str, float]:
     """Seconds of each part."""
     texts, out = write_texts(folder / "texts.jsonl", count), folder / "run.zarr"
@@ -70,7 +77,7 @@ def measure(folder: Path, model: Path, count: int, unit: int) -> dict[str, float
     before = process.memory_info().rss
     samples, reading = timed(lambda: read_samples(texts))
     listed = process.memory_info().rss - before
-    begun, beginning = timed(lambda: begin_extraction(str(model), str(texts), out=out, batch_size=8))
+    begun, beginning = timed(lambda: begun_at(out, model, texts))
     times = [time.perf_counter()]
     for _ in begun.blocks():
         times.append(time.perf_counter())
@@ -78,10 +85,10 @@ def measure(folder: Path, model: Path, count: int, unit: int) -> dict[str, float
     run, opening = timed(lambda: open_run(out, read_only=False))
     _, marks = timed(run.missing)
     _, names = timed(lambda: run.sample_ids)
-    again, resuming = timed(lambda: begin_extraction(str(model), str(texts), out=out, batch_size=8))
+    again, resuming = timed(lambda: begun_at(out, model, texts))
     _, nothing_left = timed(lambda: list(again.blocks()))
     write_texts(texts, count + unit)
-    grown, growing = timed(lambda: begin_extraction(str(model), str(texts), out=out, batch_size=8, grow=True))
+    grown, growing = timed(lambda: begun_at(out, model, texts, grow=True))
     assert sum(map(len, grown.blocks())) == unit
     loaded = load_model(model)
     inputs = loaded.family.encode(samples[:8], loaded)

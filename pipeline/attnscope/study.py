@@ -199,9 +199,12 @@ def _begin(
 ) -> "Extraction":
     made = [choice.make() for choice in analysers]
     check_agreement(made)
-    from attnscope.extraction import begin_extraction
+    from attnscope.extraction import extract
 
-    return begin_extraction(model, samples, made, out, **(options or ExtractOptions()).model_dump(), progress=listener)
+    begun: list[Extraction] = []
+    chosen = (options or ExtractOptions()).model_dump()
+    extract(model, samples, made, out, **chosen, progress=listener, drive=begun.append)
+    return begun[0]
 
 
 def _extracted(model: str, out: str, run: Run) -> Receipt:

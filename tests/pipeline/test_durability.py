@@ -32,7 +32,7 @@ _NURSERY = """
 import os, signal, sys
 import torch
 from transformers import BertModel
-import attnscope.claims, attnscope.extraction, attnscope.plan
+import attnscope.blocks, attnscope.claims, attnscope.extraction, attnscope.plan
 from attnscope.quantities import ExtractSpec
 
 folder, samples, unit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -44,15 +44,15 @@ spec = ExtractSpec(frozenset({"attention", "attention_relevance", "score", "weig
 
 def extract(out):
     log = os.open(out + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    whole = attnscope.extraction._extract_block
+    whole = attnscope.blocks._extract_block
     def noted(job, block):
         os.write(log, b"%d\\n" % block.start)
         return whole(job, block)
-    attnscope.extraction._extract_block = noted
+    attnscope.blocks._extract_block = noted
     attnscope.extraction.extract(model, inputs, out=out, spec=spec, batch_size=1)
 
 def stop_in_the_third_block():
-    whole, seen = attnscope.extraction._run_batch, set()
+    whole, seen = attnscope.blocks._run_batch, set()
     def stopping(job, buffer, *rest):
         seen.add(id(buffer))
         if len(seen) == 3:
@@ -60,7 +60,7 @@ def stop_in_the_third_block():
             job.writer.flush()
             os.kill(os.getpid(), signal.SIGSTOP)
         return whole(job, buffer, *rest)
-    attnscope.extraction._run_batch = stopping
+    attnscope.blocks._run_batch = stopping
 
 for line in sys.stdin:
     count, out, *stops = line.split()

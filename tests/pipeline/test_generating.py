@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from attnscope.compatibility import EXAMPLES
 from attnscope.compatibility.examples import widened
-from attnscope.extraction import extract
+from attnscope.extraction import Extraction, extract, join_extraction
 from attnscope.loading import ModelError, load_model
 from attnscope.quantities import ExtractSpec
 from attnscope.recording import recording
@@ -108,6 +108,18 @@ def test_ready_inputs_are_taken_as_they_are() -> None:
 def test_a_model_without_a_head_that_writes_is_refused(tiny_clip: Path) -> None:
     with pytest.raises(ModelError, match="can't generate: it has no language modelling head"):
         extract(tiny_clip, SAMPLES, spec=EXACT)
+
+
+def test_a_worker_that_joins_lets_the_model_write_as_well(tmp_path: Path) -> None:
+    folder = saved(decoder(), tmp_path / "model")
+    whole = extract(folder, SAMPLES, spec=EXACT)
+    begun: list[Extraction] = []
+    run = extract(folder, SAMPLES, spec=EXACT, drive=begun.append)
+    assert run.missing()
+    for block in run.missing():
+        join_extraction(load_model(folder), run, None).part(block, SAMPLES[block.start : block.stop])
+    np.testing.assert_array_equal(run.tokens("text").kind.values, whole.tokens("text").kind.values)
+    np.testing.assert_array_equal(run.attention("text.self").values, whole.attention("text.self").values)
 
 
 def test_a_run_is_resumed_with_as_many_tokens(tmp_path: Path) -> None:

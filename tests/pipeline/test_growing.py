@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 import zarr
 
-from attnscope import extraction
+import attnscope.blocks
 from attnscope.checking import check_run
 from attnscope.extraction import extract
 from attnscope.quantities import ExtractSpec
@@ -37,13 +37,13 @@ def grown(model: Path, samples: Sequence[Sample], out: Path, grow: bool = True) 
 def noted_blocks(monkeypatch: pytest.MonkeyPatch) -> list[range]:
     """The blocks that are extracted from now on."""
     blocks: list[range] = []
-    whole = extraction._extract_block
+    whole = attnscope.blocks._extract_block
 
     def noted(job: object, block: range) -> tuple[int, int]:
         blocks.append(block)
         return whole(job, block)
 
-    monkeypatch.setattr(extraction, "_extract_block", noted)
+    monkeypatch.setattr(attnscope.blocks, "_extract_block", noted)
     return blocks
 
 
@@ -129,15 +129,15 @@ def test_a_cut_short_growth_is_finished_by_the_same_call(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grown(tiny_bert, texts(3), tmp_path / "run.zarr")
-    whole = extraction._extract_block
+    whole = attnscope.blocks._extract_block
 
     def killed(job: object, block: range) -> tuple[int, int]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(extraction, "_extract_block", killed)
+    monkeypatch.setattr(attnscope.blocks, "_extract_block", killed)
     with pytest.raises(KeyboardInterrupt):
         grown(tiny_bert, texts(7), tmp_path / "run.zarr")
-    monkeypatch.setattr(extraction, "_extract_block", whole)
+    monkeypatch.setattr(attnscope.blocks, "_extract_block", whole)
     run = open_run(tmp_path / "run.zarr")
     assert list(run.status) == [EXTRACTED] * 3 + [MISSING] * 4
     assert np.isfinite(run.attention("text.self")[:3, :, :, 0, 0]).all()

@@ -31,7 +31,7 @@ from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore
 
-import attnscope.extraction
+import attnscope.blocks
 import attnscope.plan
 from attnscope.analysis import analyse, make_analyser
 from attnscope.checking import check_run
@@ -262,9 +262,9 @@ def test_several_extract_into_one_bucket_and_no_block_is_done_twice(
 ) -> None:
     monkeypatch.setattr(attnscope.plan, "_UNIT_LIMIT", 1)
     done: list[int] = []
-    whole = attnscope.extraction._extract_block
+    whole = attnscope.blocks._extract_block
 
-    def noted(job: "attnscope.extraction._Job", block: range) -> tuple[int, int]:
+    def noted(job: "attnscope.blocks.Job", block: range) -> tuple[int, int]:
         done.append(block.start)
         return whole(job, block)
 
@@ -272,7 +272,7 @@ def test_several_extract_into_one_bucket_and_no_block_is_done_twice(
     samples = attnscope.read_samples(captioned_images)
     failures: list[BaseException] = []
     alone = extract(tiny_bert, samples, out=tmp_path / "alone.zarr", batch_size=1)
-    monkeypatch.setattr(attnscope.extraction, "_extract_block", noted)
+    monkeypatch.setattr(attnscope.blocks, "_extract_block", noted)
 
     def work(number: int) -> None:
         try:

@@ -116,7 +116,7 @@ def test_a_study_that_grows_does_what_is_new_and_leaves_the_rest_alone(
     first = stages.study(*asked)
     assert first["fresh"] is False
     written = (tmp_path / "out/report.html").stat().st_mtime_ns
-    monkeypatch.setattr("attnscope.extraction._extract_block", refuse)
+    monkeypatch.setattr("attnscope.blocks._extract_block", refuse)
     again = stages.study(*asked)
     monkeypatch.undo()
     assert again == first | {"fresh": True}
