@@ -3,7 +3,8 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from functools import wraps
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from attnscope.study import AnalyserChoice, ClusterChoice
 
-Command = TypeVar("Command", bound=Callable[..., object])
+Command = Callable[..., object]
 
 
 class Target(click.ParamType):
@@ -26,8 +27,15 @@ class Target(click.ParamType):
         return int(text) if text.isdecimal() else text
 
 
+def declare(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
+    """The command with these options, in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def extract_options(command: Command) -> Command:
-    """The options of everything that extracts; they come as keyword arguments named as in ExtractOptions."""
+    """The options of everything that extracts; the command is given them as one ExtractOptions, `options`."""
     declared = [
         click.option(
             "--target", type=Target(), help="Take gradients of this: a class number, predicted, cls_norm, ..."
@@ -64,13 +72,19 @@ def extract_options(command: Command) -> Command:
             help="Stop extracting after so many seconds; the same command goes on.",
         ),
     ]
-    for option in reversed(declared):
-        command = option(command)
-    return command
+
+    @wraps(command)
+    def gathered(**given: object) -> object:
+        from attnscope.study import ExtractOptions
+
+        options = {name: given.pop(name) for name in ExtractOptions.model_fields}
+        return command(**given, options=ExtractOptions(**options))  # type: ignore[arg-type]
+
+    return declare(gathered, declared)
 
 
 def cluster_options(command: Command) -> Command:
-    """`--cluster` and `--cluster-option`; they come as `cluster` and `cluster_assignments`, see `cluster_from`."""
+    """`--cluster` and `--cluster-option`; the command is given them as one ClusterChoice or None, `cluster`."""
     declared = [
         click.option(
             "--cluster",
@@ -85,12 +99,15 @@ def cluster_options(command: Command) -> Command:
             help="Option of the class of cluster; repeatable. Values are JSON where they parse.",
         ),
     ]
-    for option in reversed(declared):
-        command = option(command)
-    return command
+
+    @wraps(command)
+    def gathered(*, cluster: str | None, cluster_assignments: Sequence[str], **given: object) -> object:
+        return command(**given, cluster=_cluster_from(cluster, cluster_assignments))
+
+    return declare(gathered, declared)
 
 
-def cluster_from(cluster: str | None, assignments: Sequence[str]) -> "ClusterChoice | None":
+def _cluster_from(cluster: str | None, assignments: Sequence[str]) -> "ClusterChoice | None":
     """The cluster that was chosen, if any."""
     from attnscope.study import ClusterChoice
 
@@ -114,6 +131,28 @@ def option_assignments(command: Command) -> Command:
         metavar="NAME=VALUE",
         help="Option of an analyser; ANALYSER.NAME=VALUE where several have it. Values are JSON where they parse.",
     )(command)
+
+
+def study_choices(command: Command) -> Command:
+    """`--analyser` and `--option`; the command is given them as `choices`, those of any study if none is named."""
+    return _chosen(command, "--analyser", "Run this analyser; repeatable.", by_default=True)
+
+
+def extract_choices(command: Command) -> Command:
+    """`--for` and `--option`; the command is given them as `choices`."""
+    return _chosen(command, "--for", "Record what this analyser needs; repeatable.", by_default=False)
+
+
+def _chosen(command: Command, flag: str, told: str, by_default: bool) -> Command:
+    @wraps(command)
+    def gathered(*, names: Sequence[str], assignments: Sequence[str], **given: object) -> object:
+        from attnscope.study import DEFAULT_CHOICES
+
+        default = [choice.name for choice in DEFAULT_CHOICES] if by_default else []
+        return command(**given, choices=choices_from(names or default, assignments))
+
+    named = click.option(flag, "names", multiple=True, metavar="ANALYSER", help=told)
+    return declare(gathered, [named, option_assignments])
 
 
 def choices_from(names: Iterable[str], assignments: Sequence[str]) -> "list[AnalyserChoice]":

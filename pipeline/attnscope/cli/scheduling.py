@@ -1,21 +1,29 @@
 """`attnscope serve`, `schedule` and `prepare`: studies that run by the clock."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
-from attnscope.cli.options import choices_from, cluster_from, cluster_options, extract_options, option_assignments
+from attnscope.cli.options import (
+    Command,
+    choices_from,
+    cluster_options,
+    declare,
+    extract_choices,
+    extract_options,
+    option_assignments,
+    study_choices,
+)
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from attnscope.study import AnalyserChoice, ClusterChoice, ExtractOptions
-
-Command = TypeVar("Command", bound=Callable[..., object])
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _POOL = click.option(
@@ -37,7 +45,7 @@ class Interval(click.ParamType):
 
 
 def schedule_options(command: Command) -> Command:
-    """What every scheduled flow has: a schedule, a name, a pool."""
+    """What every scheduled flow has: a schedule, a name, a pool; the command is given them as `when`."""
     declared = [
         click.option("--cron", help="When, as cron has it: '0 2 * * *' is every night at two."),
         click.option("--interval", type=Interval(), help="How often: 90s, 15m, 6h, 1d."),
@@ -46,9 +54,15 @@ def schedule_options(command: Command) -> Command:
         click.option("--name", help="Name of the deployment; made of what it works on if not given."),
         _POOL,
     ]
-    for option in reversed(declared):
-        command = option(command)
-    return command
+
+    @wraps(command)
+    def gathered(**given: object) -> object:
+        when = {name: given.pop(name) for name in ("cron", "interval", "rrule", "timezone", "name", "pool")}
+        if sum(when[name] is not None for name in ("cron", "interval", "rrule")) != 1:
+            raise click.UsageError("say when it shall run: one of --cron, --interval, --rrule")
+        return command(**given, when=when)
+
+    return declare(gathered, declared)
 
 
 @click.command()
@@ -97,55 +111,47 @@ def schedule() -> None:
 @click.argument("model")
 @click.argument("samples")
 @click.option("--out", required=True, help="Folder for the run and the report.")
-@click.option("--analyser", "names", multiple=True, metavar="ANALYSER", help="Run this analyser; repeatable.")
+@study_choices
 @schedule_options
-@option_assignments
 @cluster_options
 @extract_options
 def schedule_study(
     model: str,
     samples: str,
     out: str,
-    names: Sequence[str],
-    assignments: Sequence[str],
-    cluster: str | None,
-    cluster_assignments: Sequence[str],
-    **options: object,
+    choices: "list[AnalyserChoice]",
+    when: dict[str, object],
+    cluster: "ClusterChoice | None",
+    options: "ExtractOptions",
 ) -> None:
     """Extract, analyse and report by the clock.
 
     Samples that came since the last time are added (see --grow; --no-grow to refuse them), and where nothing is new
     nothing is done.
     """
-    choices = _choices(names, assignments)
-    when, chosen = _apart(options)
-    on = cluster_from(cluster, cluster_assignments)
-    _deploy("study", when, _parameters(model, samples, out, choices, chosen, on), f"{model} {samples}")
+    parameters = _parameters(model, samples, out, choices, options, cluster)
+    _deploy("study", when, parameters, f"{model} {samples}")
 
 
 @schedule.command("extract")
 @click.argument("model")
 @click.argument("samples")
 @click.option("--out", required=True, help="Where the run goes: a folder, such as run.zarr, or a URL.")
-@click.option("--for", "names", multiple=True, metavar="ANALYSER", help="Record what this analyser needs; repeatable.")
+@extract_choices
 @schedule_options
-@option_assignments
 @cluster_options
 @extract_options
 def schedule_extract(
     model: str,
     samples: str,
     out: str,
-    names: Sequence[str],
-    assignments: Sequence[str],
-    cluster: str | None,
-    cluster_assignments: Sequence[str],
-    **options: object,
+    choices: "list[AnalyserChoice]",
+    when: dict[str, object],
+    cluster: "ClusterChoice | None",
+    options: "ExtractOptions",
 ) -> None:
     """Record what a model attends to, by the clock; samples that came since are added."""
-    when, chosen = _apart(options)
-    on = cluster_from(cluster, cluster_assignments)
-    parameters = _parameters(model, samples, out, choices_from(names, assignments), chosen, on)
+    parameters = _parameters(model, samples, out, choices, options, cluster)
     _deploy("extract", when, parameters, f"{model} {samples}")
 
 
@@ -160,18 +166,16 @@ def schedule_analyse(
     run: str,
     names: Sequence[str],
     report: str | None,
+    when: dict[str, object],
     assignments: Sequence[str],
-    cluster: str | None,
-    cluster_assignments: Sequence[str],
-    **options: object,
+    cluster: "ClusterChoice | None",
 ) -> None:
     """Run analysers on a run by the clock."""
-    when, _ = _apart(options)
     parameters: dict[str, object] = {
         "run": _anywhere(run),
         "analysers": _plain(choices_from(names, assignments)),
         "report": None if report is None else _anywhere(report),
-        "cluster": _plain_cluster(cluster_from(cluster, cluster_assignments)),
+        "cluster": _plain_cluster(cluster),
     }
     _deploy("analyse", when, parameters, f"{run} {' '.join(names)}")
 
@@ -180,46 +184,24 @@ def schedule_analyse(
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--samples", required=True, help="What all of them look at.")
 @click.option("--out", required=True, help="Folder for the runs and comparison.html.")
-@click.option("--analyser", "names", multiple=True, metavar="ANALYSER", help="Run this analyser; repeatable.")
+@study_choices
 @schedule_options
-@option_assignments
 @cluster_options
 @extract_options
 def schedule_compare(
     models: Sequence[str],
     samples: str,
     out: str,
-    names: Sequence[str],
-    assignments: Sequence[str],
-    cluster: str | None,
-    cluster_assignments: Sequence[str],
-    **options: object,
+    choices: "list[AnalyserChoice]",
+    when: dict[str, object],
+    cluster: "ClusterChoice | None",
+    options: "ExtractOptions",
 ) -> None:
     """Run the same study on several models by the clock, and show how they differ."""
-    when, chosen = _apart(options)
-    on = cluster_from(cluster, cluster_assignments)
-    parameters = _parameters("", samples, out, _choices(names, assignments), chosen, on)
+    parameters = _parameters("", samples, out, choices, options, cluster)
     del parameters["model"]
     parameters["models"] = [_existing(model) for model in models]
     _deploy("compare", when, parameters, f"{' '.join(models)} {samples}")
-
-
-def _choices(names: Sequence[str], assignments: Sequence[str]) -> "list[AnalyserChoice]":
-    from attnscope.study import DEFAULT_CHOICES
-
-    return choices_from(names or [choice.name for choice in DEFAULT_CHOICES], assignments)
-
-
-def _apart(options: dict[str, object]) -> "tuple[dict[str, object], ExtractOptions]":
-    """What says when and where, and what says how to extract; scheduled runs grow unless they are told not to."""
-    from attnscope.study import ExtractOptions
-
-    when = {name: options.pop(name) for name in ("cron", "interval", "rrule", "timezone", "name", "pool")}
-    if sum(when[name] is not None for name in ("cron", "interval", "rrule")) != 1:
-        raise click.UsageError("say when it shall run: one of --cron, --interval, --rrule")
-    if options.get("grow") is None:
-        options["grow"] = True
-    return when, ExtractOptions(**options)  # type: ignore[arg-type]
 
 
 def _parameters(
@@ -230,7 +212,12 @@ def _parameters(
     options: "ExtractOptions",
     cluster: "ClusterChoice | None",
 ) -> dict[str, object]:
-    """The parameters of a flow as plain values that mean the same in every folder."""
+    """The parameters of a flow as plain values that mean the same in every folder.
+
+    Scheduled runs grow unless they are told not to.
+    """
+    if options.grow is None:
+        options = options.model_copy(update={"grow": True})
     return {
         "model": _existing(model),
         "samples": _existing(samples),

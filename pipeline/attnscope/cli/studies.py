@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from attnscope.cli.errors import DataFault
-from attnscope.cli.options import choices_from, cluster_from, cluster_options, extract_options, option_assignments
+from attnscope.cli.options import (
+    choices_from,
+    cluster_options,
+    extract_choices,
+    extract_options,
+    option_assignments,
+    study_choices,
+)
 from attnscope.cli.progress import progress_line
 
 if TYPE_CHECKING:
@@ -54,31 +61,27 @@ def demo(out: str, engine: str | None) -> None:
 @click.argument("model")
 @click.argument("samples")
 @click.option("--out", required=True, help="Where the run goes: a folder, such as run.zarr, or a URL.")
-@click.option("--for", "names", multiple=True, metavar="ANALYSER", help="Record what this analyser needs; repeatable.")
-@option_assignments
+@extract_choices
 @cluster_options
 @extract_options
 def extract(
     model: str,
     samples: str,
     out: str,
-    names: Sequence[str],
-    assignments: Sequence[str],
-    cluster: str | None,
-    cluster_assignments: Sequence[str],
-    **options: object,
+    choices: "list[AnalyserChoice]",
+    cluster: "ClusterChoice | None",
+    options: "ExtractOptions",
 ) -> None:
     """Record what MODEL attends to in SAMPLES.
 
     MODEL is a hub name, a folder with safetensors, reference:NAME or embedded:NAME. SAMPLES is a folder of images, a
     JSONL, CSV or Parquet file, reference:N or embedded:NAME. The same command again does only what is missing.
     """
-    from attnscope.study import ExtractOptions, extract_run
+    from attnscope.study import extract_run
 
-    choices = choices_from(names, assignments)
-    chosen, on = ExtractOptions(**options), cluster_from(cluster, cluster_assignments)  # type: ignore[arg-type]
     with progress_line(model) as line:
-        done = _blaming_samples(samples, lambda: extract_run(model, samples, out, choices, chosen, on, listener=line))
+        asked = partial(extract_run, model, samples, out, choices, options, cluster, listener=line)
+        done = _blaming_samples(samples, asked)
     _tell_extracted(done)
 
 
@@ -91,8 +94,7 @@ def analyse(
     run: str,
     names: Sequence[str],
     assignments: Sequence[str],
-    cluster: str | None,
-    cluster_assignments: Sequence[str],
+    cluster: "ClusterChoice | None",
 ) -> None:
     """Run analysers on a run and save what they give in it.
 
@@ -101,14 +103,13 @@ def analyse(
     from attnscope.run import open_run
     from attnscope.study import analyse_run, fitting_analysers, held_cluster
 
-    on = cluster_from(cluster, cluster_assignments)
     opened = open_run(run)
     names = names or [choice.name for choice in fitting_analysers(opened)]
     if not names:
         raise click.UsageError(f"{run} meets the needs of no installed analyser; extract with --for ANALYSER")
-    with held_cluster(on):
+    with held_cluster(cluster):
         for choice in choices_from(names, assignments):
-            _tell_analysed(analyse_run(run, choice, on))
+            _tell_analysed(analyse_run(run, choice, cluster))
 
 
 @click.command()
@@ -132,8 +133,7 @@ def report(run: str, out: str | None) -> None:
 @click.argument("model", default=DEFAULT_MODEL)
 @click.argument("samples", required=False)
 @click.option("--out", required=True, type=_FOLDER, help="Folder for the run and the report.")
-@click.option("--analyser", "names", multiple=True, metavar="ANALYSER", help="Run this analyser; repeatable.")
-@option_assignments
+@study_choices
 @engine_option
 @cluster_options
 @extract_options
@@ -141,36 +141,28 @@ def study(
     model: str,
     samples: str | None,
     out: str,
-    names: Sequence[str],
-    assignments: Sequence[str],
+    choices: "list[AnalyserChoice]",
     engine: str | None,
-    cluster: str | None,
-    cluster_assignments: Sequence[str],
-    **options: object,
+    cluster: "ClusterChoice | None",
+    options: "ExtractOptions",
 ) -> None:
     """Extract, analyse and report in one.
 
     Writes run.zarr and report.html into a folder. Without MODEL and SAMPLES: a tiny CLIP that attnscope carries, on
     generated scenes. A reference model needs no SAMPLES. Without --analyser: qk_svd and relevance.
     """
-    from attnscope.study import DEFAULT_CHOICES, ExtractOptions
-
     if samples is None and not model.startswith("reference:"):
         raise click.UsageError(
             f"name the samples that {model} shall see; reference models alone have scenes of their own"
         )
-    choices = choices_from(names or [choice.name for choice in DEFAULT_CHOICES], assignments)
-    on = cluster_from(cluster, cluster_assignments)
-    done = _run(model, samples or DEFAULT_SAMPLES, out, choices, ExtractOptions(**options), on, engine)  # type: ignore[arg-type]
-    _tell_study(done)
+    _tell_study(_run(model, samples or DEFAULT_SAMPLES, out, choices, options, cluster, engine))
 
 
 @click.command()
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--samples", required=True, help="What all of them look at.")
 @click.option("--out", required=True, type=_FOLDER, help="Folder for the runs and comparison.html.")
-@click.option("--analyser", "names", multiple=True, metavar="ANALYSER", help="Run this analyser; repeatable.")
-@option_assignments
+@study_choices
 @engine_option
 @cluster_options
 @extract_options
@@ -178,22 +170,16 @@ def compare(
     models: Sequence[str],
     samples: str,
     out: str,
-    names: Sequence[str],
-    assignments: Sequence[str],
+    choices: "list[AnalyserChoice]",
     engine: str | None,
-    cluster: str | None,
-    cluster_assignments: Sequence[str],
-    **options: object,
+    cluster: "ClusterChoice | None",
+    options: "ExtractOptions",
 ) -> None:
     """Run the same study on several models, and show how they differ.
 
     MODEL is as for study, such as the checkpoints of one training. Without --analyser: qk_svd and relevance.
     """
-    from attnscope.study import DEFAULT_CHOICES, ExtractOptions
-
-    choices = choices_from(names or [choice.name for choice in DEFAULT_CHOICES], assignments)
-    on = cluster_from(cluster, cluster_assignments)
-    done = _run(list(models), samples, out, choices, ExtractOptions(**options), on, engine)  # type: ignore[arg-type]
+    done = _run(list(models), samples, out, choices, options, cluster, engine)
     runs = done["runs"]
     assert isinstance(runs, dict)
     for label, run in runs.items():
