@@ -23,7 +23,7 @@ import xarray as xr
 from attnscope import ExtractSpec, Run, hookimpl
 from attnscope.conditions import INTACT, Condition, Ranking
 from attnscope.report import Citation, Element, Heading, LineChart, Note, Paragraph, Series, Table
-from attnscope.statistics import bootstrap_sums, interval_of_sums
+from attnscope.statistics import bootstrap_sums, interval_of_sums, mean_height
 
 Modality: TypeAlias = Literal["image", "text"]
 ImageOperator: TypeAlias = Literal["drop", "mean", "zero", "noise", "other"]
@@ -36,11 +36,6 @@ _MEASURES = {
     "score": ("the target score of what the model says of the intact input", "1"),
     "correct": ("whether the model still says what it says of the intact input", "1"),
 }
-
-
-def area(values: np.ndarray, fractions: np.ndarray) -> np.ndarray:
-    """Mean height of curves (..., fraction): trapezoids over the fractions, divided by their range."""
-    return np.trapezoid(values, fractions, axis=-1) / (fractions[-1] - fractions[0])
 
 
 @dataclass(frozen=True)
@@ -145,7 +140,7 @@ class Faithfulness:
 
     def _described(self, measure: str, meaning: str, unit: str, values: np.ndarray) -> dict[str, tuple[object, ...]]:
         """Curve, area and paired differences of one measure (taken, ranking, end, fraction, sample)."""
-        areas = area(np.moveaxis(values, -1, -2), np.array(self.fractions))
+        areas = mean_height(np.moveaxis(values, -1, -2), self.fractions)
         names = [*self.rankings, _FLOOR]
         differences = np.stack([areas[:, names.index(a)] - areas[:, names.index(b)] for a, b in self._pairs()], 1)
         found: dict[str, tuple[object, ...]] = {}

@@ -25,7 +25,7 @@ import xarray as xr
 
 from attnscope import ExtractSpec, Run, hookimpl
 from attnscope.conditions import INTACT, Condition, phrases_of
-from attnscope.reading import TokenBlock, extracted_in, read_tokens
+from attnscope.reading import TokenBlock, extracted_in, is_of_kind, read_tokens
 from attnscope.report import Bars, Citation, Element, Heading, LineChart, Note, Paragraph, Series, Table
 from attnscope.statistics import bootstrap_sums, interval_of_sums
 
@@ -405,9 +405,7 @@ def _named(tokens: TokenBlock, row: int) -> np.ndarray:
 
 
 def _has(run: Run, stream: str, kind: str) -> bool:
-    codes = run.tokens(stream)["kind"]
-    code = dict(zip(codes.attrs["flag_meanings"].split(), codes.attrs["flag_values"], strict=True))[kind]
-    return bool((codes.values == code).any())
+    return bool(is_of_kind(run.tokens(stream)["kind"].values, kind).any())
 
 
 def _global_elements(result: xr.Dataset) -> Iterator[Element]:

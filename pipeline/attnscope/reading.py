@@ -25,7 +25,7 @@ class TokenBlock:
 
     def is_of(self, *kinds: str) -> np.ndarray:
         """Which tokens are of these kinds, (sample, token)."""
-        return np.isin(self.kind, [KIND_CODES[kind] for kind in kinds])
+        return is_of_kind(self.kind, *kinds)
 
     def objects(self, chosen: np.ndarray, sample: int, *, inside: float, largest: float) -> np.ndarray:
         """Regions of a sample that are objects among the chosen tokens, (object, chosen token) bool.
@@ -37,6 +37,11 @@ class TokenBlock:
         members = shares[np.isfinite(shares).all(-1)] >= inside if shares.size else np.zeros((0, chosen.sum()), bool)
         part = members.mean(-1) if members.size else np.zeros(len(members))
         return members[(part > 0) & (part <= largest)]
+
+
+def is_of_kind(kind: np.ndarray, *kinds: str) -> np.ndarray:
+    """Which of these codes of tokens stand for one of these kinds, such as 'image' or 'cls'; bool, of their shape."""
+    return np.isin(kind, [KIND_CODES[name] for name in kinds])
 
 
 def extracted_in(run: Run, block: range) -> np.ndarray:

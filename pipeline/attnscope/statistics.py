@@ -5,7 +5,7 @@ depends on the seed and the sample's position alone. Sums over blocks of samples
 of them, whoever made them and in whatever order, and nothing needs to be kept of a sample that was counted.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import reduce
 
 import numpy as np
@@ -115,6 +115,16 @@ def _times(samples: np.ndarray, draws: int, seed: int) -> np.ndarray:
     for row, sample in zip(times, np.asarray(samples).tolist(), strict=True):
         row[1:] = np.random.Generator(np.random.Philox(key=seed, counter=sample << 64)).poisson(1.0, draws)
     return times
+
+
+def mean_height(values: np.ndarray, at: Sequence[float]) -> np.ndarray:
+    """Area under curves (..., point) by trapezoids over the width of their grid `at`; the value where that is a point.
+
+    In the units of the values: what perturbation studies call the area under the curve, whatever share the grid spans.
+    """
+    if len(at) == 1:
+        return values[..., 0]
+    return np.trapezoid(values, at, axis=-1) / (at[-1] - at[0])
 
 
 def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:

@@ -32,9 +32,8 @@ from attnscope.reading import (
     read_tokens,
 )
 from attnscope.report import Element
-from attnscope.statistics import add_sums, sample_sums, sums_in, with_intervals
+from attnscope.statistics import add_sums, mean_height, sample_sums, sums_in, with_intervals
 from attnscope_alignment_scores.comparing import (
-    area,
     divergence,
     draw_pairs,
     entropy,
@@ -325,7 +324,7 @@ class AlignmentScores:
         changes = output_change(own, vectors.value, ranks, allowed, self.fractions)
         for measure, change in zip(_PAIRED, changes, strict=True):
             curves[measure][at] = mean = _mean(change.reshape(len(change), -1))
-            compared[measure][at] = area(mean, self.fractions)
+            compared[measure][at] = mean_height(mean, self.fractions)
 
     def _asked(
         self, sides: Sequence[TokenBlock], sample: int

@@ -84,11 +84,6 @@ def output_change(
     return np.stack(changes[0]), np.stack(changes[1])
 
 
-def area(curve: np.ndarray, fractions: Sequence[float]) -> np.ndarray:
-    """Area under a curve (fraction, ...) by trapezoids over the width of its grid: its mean height."""
-    return curve[0] if len(fractions) == 1 else np.trapezoid(curve, fractions, axis=0) / (fractions[-1] - fractions[0])
-
-
 def grounding(scores: np.ndarray, inside: np.ndarray, order: np.ndarray) -> dict[str, np.ndarray]:
     """Agreement of attention weights (..., row, key_token) with a region's keys `inside` (row, key_token): (..., row).
 

@@ -23,9 +23,10 @@ import numpy as np
 import xarray as xr
 
 from attnscope import ExtractSpec, Run, bootstrap_interval, hookimpl
+from attnscope.reading import is_of_kind
 from attnscope.report import Citation, Element, Heading, Note, Paragraph, Table
 from attnscope_relevance.grounding import point
-from attnscope_relevance.reading import METHODS, Reader, kind_codes, reach
+from attnscope_relevance.reading import METHODS, Reader, reach
 from attnscope_relevance.showing import BESIDE_CONTENT, sample_elements, summary
 from attnscope_relevance.walking import Event
 
@@ -160,8 +161,7 @@ class Relevance:
 
     def _describe(self, run: Run, stream: str, relevance: np.ndarray, dead: np.ndarray) -> xr.Dataset:
         tokens = run.tokens(stream)
-        codes = kind_codes(tokens["kind"])
-        content = ~np.isin(tokens["kind"].values, [codes[k] for k in BESIDE_CONTENT])
+        content = ~is_of_kind(tokens["kind"].values, *BESIDE_CONTENT)
         concentration = np.full(relevance.shape[:2], np.nan)
         pairs = list(itertools.combinations(range(len(self.methods)), 2))
         agreement = np.full((len(pairs), len(content)), np.nan)

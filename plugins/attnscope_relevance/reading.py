@@ -5,22 +5,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import xarray as xr
 
 from attnscope import Run
+from attnscope.reading import is_of_kind
 from attnscope_relevance.walking import Event, Rows, Walk, accumulate, last_maps, roll_out
 
 _MAP_BYTES = 2**28
 
 
-def readout_rows(kind: np.ndarray, codes: dict[str, int], row: "int | Literal['auto', 'cls', 'mean']") -> np.ndarray:
+def readout_rows(kind: np.ndarray, row: "int | Literal['auto', 'cls', 'mean']") -> np.ndarray:
     """The row that the answer is read from, as weights (sample, token) that sum to 1.
 
     'cls' takes the first CLS token, 'mean' all real tokens alike, 'auto' the CLS token where a sample has one and the
     mean elsewhere; a number counts the real tokens of each sample, from the end when negative.
     """
-    real = kind != codes["padding"]
-    is_cls = kind == codes["cls"]
+    real = ~is_of_kind(kind, "padding")
+    is_cls = is_of_kind(kind, "cls")
     mean = real / np.maximum(real.sum(-1, keepdims=True), 1)
     if row == "mean":
         return mean
@@ -30,7 +30,7 @@ def readout_rows(kind: np.ndarray, codes: dict[str, int], row: "int | Literal['a
         if (real.any(-1) & ((wanted[:, 0] < 0) | (wanted[:, 0] >= real.sum(-1)))).any():
             raise ValueError(f"row {row} lies outside the tokens of a sample, the shortest has {real.sum(-1).min()}")
         return (real & (order == wanted)).astype(float)
-    if row == "cls" and not is_cls.any(-1)[real.any(-1)].all():
+    if row == "cls" and not (is_cls.any(-1) | ~real.any(-1)).all():
         raise ValueError("row 'cls' asks for a CLS token, which not every sample has; use 'mean' or a token number")
     first = is_cls & (np.cumsum(is_cls, -1) == 1)
     return np.where(is_cls.any(-1, keepdims=True), first, mean)
@@ -91,7 +91,6 @@ class Reader:
         self._held: dict[tuple[str, Event], np.ndarray] = {}
         self._valid: dict[Event, np.ndarray] = {}
         self._kind = {s: run.tokens(s)["kind"].load() for s in run.streams}
-        self._codes = kind_codes(next(iter(self._kind.values())))
         self._sample = -1
         self._dead: dict[str, int] = {}
         self.readouts: dict[str, str] = {}
@@ -134,7 +133,7 @@ class Reader:
             self._held, self._valid = {}, {}
 
     def _real(self, stream: str) -> np.ndarray:
-        return self._kind[stream].values[self._sample] != self._codes["padding"]
+        return ~is_of_kind(self._kind[stream].values[self._sample], "padding")
 
     def _readout(self, root: str) -> np.ndarray:
         """The row that the answer is read from, over the real tokens."""
@@ -148,8 +147,8 @@ class Reader:
                 said = f"the {what} token" if counted == 1 else f"{counted} tokens"
                 self.readouts[root] = f"{said} that the target depends on"
                 return found
-        self.readouts[root] = self._said(bool((kind == self._codes["cls"]).any()))
-        return readout_rows(kind, self._codes, self._row)[0]
+        self.readouts[root] = self._said(bool(is_of_kind(kind, "cls").any()))
+        return readout_rows(kind, self._row)[0]
 
     def _said(self, has_cls: bool) -> str:
         row = self._row
@@ -197,8 +196,3 @@ def reach(events: Sequence[Event], root: str) -> set[str]:
         found |= grown
         grown = {e.keys for e in events if e.queries in found}
     return found
-
-
-def kind_codes(kind: xr.DataArray) -> dict[str, int]:
-    """The codes of the kinds of tokens, by name."""
-    return dict(zip(kind.attrs["flag_meanings"].split(), kind.attrs["flag_values"], strict=True))

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
+from attnscope.reading import is_of_kind, on_grid
 from attnscope.report import Element, Heading, ImageGrid, ImageRow, ShadedText, overlay
-from attnscope_relevance.reading import kind_codes
 
 # Tokens whose relevance is kept in the result but shown on no map and counted in no statistic.
 BESIDE_CONTENT = ("padding", "cls", "register", "special")
@@ -57,12 +57,9 @@ def summary(result: xr.Dataset) -> tuple[list[str], list[tuple[object, ...]], st
 
 
 def _grid(part: xr.Dataset, values: np.ndarray) -> np.ndarray:
-    """The map (row, column) of the tokens that lie on the patch grid."""
+    """The map (row, column) of the content tokens that lie on the patch grid."""
     row, column = part["row"].values.astype(int), part["column"].values.astype(int)
-    placed = _on_grid(part)
-    grid = np.full((row.max() + 1, column.max() + 1), np.nan)
-    grid[row[placed], column[placed]] = values[placed]
-    return grid
+    return on_grid(values, np.where(_on_grid(part), row, -1), column)
 
 
 def _on_grid(part: xr.Dataset) -> np.ndarray:
@@ -74,5 +71,4 @@ def _worded(part: xr.Dataset) -> np.ndarray:
 
 
 def _is_content(part: xr.Dataset) -> np.ndarray:
-    codes = kind_codes(part["kind"])
-    return ~np.isin(part["kind"].values, [codes[k] for k in BESIDE_CONTENT])
+    return ~is_of_kind(part["kind"].values, *BESIDE_CONTENT)

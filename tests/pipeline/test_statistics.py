@@ -10,6 +10,7 @@ from attnscope.statistics import (
     bootstrap_interval,
     bootstrap_sums,
     interval_of_sums,
+    mean_height,
     mean_ranks,
     sample_sums,
     with_intervals,
@@ -64,6 +65,16 @@ def test_area_is_the_share_of_pairs_in_order(dtype: type) -> None:
     positive = generator.random(30) < 0.4
     expected = [np.mean([(a > b) + (a == b) / 2 for a in row[positive] for b in row[~positive]]) for row in scores]
     np.testing.assert_allclose(area_under_curve(scores, positive), expected)
+
+
+def test_mean_height_of_a_curve_by_hand() -> None:
+    fractions = (0, 0.5, 1)
+    assert mean_height(np.array([1, 1, 1.0]), fractions) == 1
+    np.testing.assert_array_equal(mean_height(np.array([[1, 0.5, 0], [0, 0.5, 0]]), fractions), [0.5, 0.25])
+    # 0.25 * (1 + 0.2) / 2 + 0.25 * (0.2 + 0) / 2 over 0.5.
+    assert mean_height(np.array([1, 0.2, 0]), (0, 0.25, 0.5)) == pytest.approx(0.35)
+    assert mean_height(np.array([1.0, 3.0]), (0.25, 0.9)) == pytest.approx(2)
+    assert mean_height(np.array([3.0]), (0.5,)) == 3
 
 
 def test_area_is_not_defined_without_both_kinds_or_with_a_gap() -> None:

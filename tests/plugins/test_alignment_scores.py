@@ -282,7 +282,6 @@ def test_output_change_is_that_of_the_softmax_without_the_keys() -> None:
             np.testing.assert_allclose(found[0, 0, row], np.linalg.norm(new - whole) / np.linalg.norm(whole))
     assert np.isnan(deletion[:, 0, 2]).all(), "of one key none can be taken"
     assert np.isfinite(deletion[1, 0, :2]).all(), "one key is always left"
-    np.testing.assert_allclose(comparing.area(np.array([1.0, 3.0]), (0.25, 0.9)), 2)
 
 
 def test_grounding_by_hand() -> None:

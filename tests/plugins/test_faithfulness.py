@@ -9,7 +9,6 @@ import torch
 import transformers as hf
 
 import attnscope
-import attnscope_faithfulness as faith
 from attnscope import Run, analyse
 from attnscope.analysis import make_analyser, requirements
 from attnscope.compatibility.examples import VISION, image, widened
@@ -18,14 +17,6 @@ from attnscope.quantities import ExtractSpec
 from attnscope_faithfulness import Faithfulness
 
 FRACTIONS = (0.0, 0.25, 0.5, 1.0)
-
-
-def test_area_by_hand() -> None:
-    fractions = np.array([0, 0.5, 1])
-    assert faith.area(np.array([1, 1, 1.0]), fractions) == 1
-    assert faith.area(np.array([1, 0.5, 0]), fractions) == 0.5
-    # 0.25 * (1 + 0.2) / 2 + 0.25 * (0.2 + 0) / 2 over 0.5.
-    assert faith.area(np.array([1, 0.2, 0]), fractions / 2) == pytest.approx(0.35)
 
 
 def test_conditions_are_run_once_where_rankings_do_not_matter() -> None:

@@ -260,12 +260,12 @@ def test_read_out_rows() -> None:
         -1: [[0, 0, 1, 0], [0, 0, 0, 1]],
     }
     for row, weights in expected.items():
-        np.testing.assert_allclose(reading.readout_rows(kind, KIND_CODES, row), weights)  # type: ignore[arg-type]
-    np.testing.assert_allclose(reading.readout_rows(kind[:1], KIND_CODES, "cls"), [[1, 0, 0, 0]])
+        np.testing.assert_allclose(reading.readout_rows(kind, row), weights)  # type: ignore[arg-type]
+    np.testing.assert_allclose(reading.readout_rows(kind[:1], "cls"), [[1, 0, 0, 0]])
     with pytest.raises(ValueError, match="asks for a CLS token"):
-        reading.readout_rows(kind, KIND_CODES, "cls")
+        reading.readout_rows(kind, "cls")
     with pytest.raises(ValueError, match="row 3 lies outside"):
-        reading.readout_rows(kind, KIND_CODES, 3)
+        reading.readout_rows(kind, 3)
 
 
 def test_share_of_the_strongest_tokens() -> None:
