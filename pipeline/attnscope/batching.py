@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from attnscope.chunks import processor_cores
 from attnscope.loading import LoadedModel
 from attnscope.plan import RunPlan
 from attnscope.quantities import ExtractSpec
@@ -51,12 +52,7 @@ def free_memory(device: torch.device) -> int:
 
 def writer_threads(device: torch.device) -> int:
     """Threads that compress and write: one beside a model that keeps the processor busy, else a half of its cores."""
-    return 1 if device.type == "cpu" else max(1, min(_MOST_WRITERS, _cores() // 2))
-
-
-def _cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if device.type == "cpu" else max(1, min(_MOST_WRITERS, processor_cores() // 2))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Chunks of an array, read and decoded here: the counterpart of `whole_shards`, with the same layout and codecs.
+"""Chunks of an array, read and decoded here; and how they are encoded, for `whole_shards`.
 
 zarr 3.1 spends about 0.6 ms on every chunk beside fetching and decoding it, and decodes one after another; a part of
 an attention array takes hundreds. Here the indexes of all shards are fetched together, then all chunks, adjacent ones
@@ -25,12 +25,12 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-_NO_CHUNK = 2**64 - 1
+NO_CHUNK = 2**64 - 1
+_SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
 _THREADS = 4
 _WORTH_THREADS = 2**21
 Place = tuple[int, ...]
 Content = bytes | memoryview
-_Step = Callable[[Content], Content]
 _Get = Callable[..., Awaitable[Content | None]]
 
 
@@ -39,18 +39,33 @@ class BrokenChunk(ValueError):
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """How an array lies in its store: the shapes of its objects and of the chunks in them, how a chunk is decoded."""
+class Layout:
+    """How an array lies in its store: the shapes of its objects and of the chunks in them, and how these are encoded.
+
+    `compressor` may be none; `is_checked` where a checksum stands behind each chunk.
+    """
 
     shard: Place
     chunk: Place
     is_sharded: bool
-    steps: tuple[_Step, ...]
+    compressor: Zstd | Blosc | None
+    is_checked: bool
 
     @property
     def grid(self) -> Place:
         """Chunks of a shard along each dimension."""
         return tuple(s // c for s, c in zip(self.shard, self.chunk, strict=True))
+
+    def encode(self, values: np.ndarray) -> list[bytes]:
+        """The pieces that a chunk of these values consists of."""
+        values = np.ascontiguousarray(values)
+        content = values.tobytes() if self.compressor is None else self.compressor.encode(values)
+        return [content, checksum(content)] if self.is_checked else [content]
+
+    def decode(self, content: Content) -> Content:
+        """The bytes of a chunk's values; ValueError or RuntimeError where they are not those that were written."""
+        content = _unchecked(content) if self.is_checked else content
+        return content if self.compressor is None else self.compressor.decode(content)
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,7 @@ def read_part(array: zarr.Array, index: slice | tuple[slice, ...]) -> np.ndarray
     BrokenChunk
         When a checksum doesn't agree with what is stored.
     """
-    layout = _layout(array)
+    layout = layout_of(array)
     if layout is None:
         return np.asarray(array[index])
     region = _region(index, array.shape)
@@ -92,7 +107,7 @@ def read_part(array: zarr.Array, index: slice | tuple[slice, ...]) -> np.ndarray
         else:
             result[tuple(into)] = _decoded(array, layout, content)[tuple(out_of)]
 
-    threads = min(_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, len(found))
+    threads = min(_THREADS, processor_cores(), len(found))
     if threads > 1 and len(found) * math.prod(layout.chunk) * array.dtype.itemsize > _WORTH_THREADS:
         with ThreadPoolExecutor(threads) as pool:
             for _ in pool.map(place, found):
@@ -103,13 +118,18 @@ def read_part(array: zarr.Array, index: slice | tuple[slice, ...]) -> np.ndarray
     return result
 
 
+def processor_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _region(index: slice | tuple[slice, ...], shape: Place) -> tuple[slice, ...]:
     given = index if isinstance(index, tuple) else (index,)
     spans = (*given, *(slice(None) for _ in shape[len(given) :]))
     return tuple(slice(*s.indices(n)[:2]) for s, n in zip(spans, shape, strict=True))
 
 
-def _objects(array: zarr.Array, layout: _Layout, region: Sequence[slice]) -> Iterator[_Wanted]:
+def _objects(array: zarr.Array, layout: Layout, region: Sequence[slice]) -> Iterator[_Wanted]:
     """What has to be read of which object for a region, in order."""
     spans = [range(s.start // n, -(-s.stop // n)) for s, n in zip(region, layout.shard, strict=True)]
     for place in product(*spans):
@@ -121,7 +141,7 @@ def _objects(array: zarr.Array, layout: _Layout, region: Sequence[slice]) -> Ite
         yield _Wanted(f"{array.path}/{array.metadata.encode_chunk_key(place)}", first, list(product(*inside)))
 
 
-async def _fetched(store: Store, layout: _Layout, wanted: Sequence[_Wanted]) -> list[tuple[Place, Content | None]]:
+async def _fetched(store: Store, layout: Layout, wanted: Sequence[_Wanted]) -> list[tuple[Place, Content | None]]:
     """The wanted chunks by where they begin in the array; None for one that isn't there."""
     few = asyncio.Semaphore(zarr.config.get("async.concurrency"))
 
@@ -141,7 +161,7 @@ async def _fetched(store: Store, layout: _Layout, wanted: Sequence[_Wanted]) -> 
     ]
 
 
-async def _of_object(get: _Get, layout: _Layout, one: _Wanted) -> list[Content | None]:
+async def _of_object(get: _Get, layout: Layout, one: _Wanted) -> list[Content | None]:
     if not layout.is_sharded:
         return [await get(one.key)]
     total = math.prod(layout.grid)
@@ -158,13 +178,13 @@ async def _of_object(get: _Get, layout: _Layout, one: _Wanted) -> list[Content |
         ) from None
     spans = [(int(index[place][0]), int(index[place][1])) for place in one.chunks]
     if whole:
-        return [None if offset == _NO_CHUNK else content[offset : offset + size] for offset, size in spans]
+        return [None if offset == NO_CHUNK else content[offset : offset + size] for offset, size in spans]
     return await _spans(get, one.key, spans)
 
 
 async def _spans(get: _Get, key: str, spans: Sequence[tuple[int, int]]) -> list[Content | None]:
     """Parts (offset, length) of an object; such as lie one behind another are read at once."""
-    there = sorted({span for span in spans if span[0] != _NO_CHUNK})
+    there = sorted({span for span in spans if span[0] != NO_CHUNK})
     groups: list[list[tuple[int, int]]] = []
     for span in there:
         if groups and sum(groups[-1][-1]) == span[0]:
@@ -194,19 +214,17 @@ def _of_file(path: Path, part: ByteRequest | None) -> Content | None:
         return None
 
 
-def _decoded(array: zarr.Array, layout: _Layout, content: Content) -> np.ndarray:
+def _decoded(array: zarr.Array, layout: Layout, content: Content) -> np.ndarray:
     try:
-        for step in layout.steps:
-            content = step(content)
-        return np.frombuffer(content, array.dtype).reshape(layout.chunk)
+        return np.frombuffer(layout.decode(content), array.dtype).reshape(layout.chunk)
     except (RuntimeError, ValueError) as error:
         raise BrokenChunk(
             f"the run can't be read (a chunk of {array.path!r}: {error}); attnscope check names what is broken"
         ) from None
 
 
-def _layout(array: zarr.Array) -> _Layout | None:
-    """None for what attnscope doesn't write."""
+def layout_of(array: zarr.Array) -> Layout | None:
+    """None for what attnscope doesn't write, which is zarr's to read and write."""
     codecs: Sequence[Codec] = array.metadata.codecs  # type: ignore[union-attr]
     sharding = codecs[0] if len(codecs) == 1 and isinstance(codecs[0], ShardingCodec) else None
     if sharding is not None:
@@ -214,27 +232,33 @@ def _layout(array: zarr.Array) -> _Layout | None:
         plain = [type(codec) for codec in sharding.index_codecs] == [BytesCodec, Crc32cCodec]
         if not plain or sharding.index_location.value != "end":
             return None
-    steps = [_step(codec) for codec in reversed(codecs[1:])]
-    first = codecs[0]
+    first, *rest = codecs
     little = isinstance(first, BytesCodec) and (first.endian is None or first.endian.value == "little")
-    if not little or None in steps or array.dtype.kind not in "fiub":
+    is_checked = bool(rest) and isinstance(rest[-1], Crc32cCodec)
+    compressors = [_compressor(codec) for codec in rest[: len(rest) - is_checked]]
+    if not little or len(compressors) > 1 or None in compressors or array.dtype.kind not in "fiub":
         return None
-    known = tuple(step for step in steps if step is not None)
-    return _Layout(array.shards or array.chunks, array.chunks, sharding is not None, known)
+    shard = array.shards or array.chunks
+    return Layout(shard, array.chunks, sharding is not None, next(iter(compressors), None), is_checked)
 
 
-def _step(codec: Codec) -> _Step | None:
-    """How a codec is undone."""
+def _compressor(codec: Codec) -> Zstd | Blosc | None:
     if isinstance(codec, ZstdCodec):
-        return Zstd().decode
+        return Zstd(codec.level, checksum=codec.checksum)
     if isinstance(codec, BloscCodec):
-        return Blosc().decode
-    return _unchecked if isinstance(codec, Crc32cCodec) else None
+        shuffle = _SHUFFLES[codec.shuffle.value]
+        return Blosc(codec.cname.value, codec.clevel, shuffle, blocksize=codec.blocksize, typesize=codec.typesize)
+    return None
+
+
+def checksum(content: bytes) -> bytes:
+    """CRC32C of some bytes, as it stands behind them."""
+    return google_crc32c.value(content).to_bytes(4, "little")
 
 
 def _unchecked(content: Content) -> Content:
     """What stands before a checksum that agrees with it."""
-    body, checksum = bytes(content[:-4]), bytes(content[-4:])
-    if google_crc32c.value(body).to_bytes(4, "little") != checksum:
+    body = bytes(content[:-4])
+    if checksum(body) != content[-4:]:
         raise ValueError("its checksum doesn't agree")
     return body

@@ -7,20 +7,14 @@ layer, so that no chunk has to be read, merged or looked up. The objects are tho
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
-import google_crc32c
 import numpy as np
 import zarr
-from numcodecs import Blosc, Zstd
 
+from attnscope.chunks import NO_CHUNK, Layout, checksum, layout_of
 from attnscope.stores import write
-
-_SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
-_NO_CHUNK = 2**64 - 1
-_Encoder = Callable[[np.ndarray], list[bytes]]
-_Codec = Mapping[str, object]
 
 
 def write_shard(array: zarr.Array, first: Sequence[int], values: np.ndarray) -> bool:
@@ -29,21 +23,22 @@ def write_shard(array: zarr.Array, first: Sequence[int], values: np.ndarray) -> 
     That are values of another type or of a part of what the shard has in the array, and codecs not known here. Along
     the last dimension, values may be those of the first chunks alone: the others are then missing.
     """
-    shape = array.shards or array.chunks
-    encoding = _encoding(array)
-    *ahead, last = (min(s, n - f) for f, s, n in zip(first, shape, array.shape, strict=True))
-    if encoding is None or values.dtype != array.dtype or any(f % s for f, s in zip(first, shape, strict=True)):
+    layout = layout_of(array)
+    if layout is None:
         return False
-    encode, chunk = encoding
+    shape, chunk = layout.shard, layout.chunk
+    *ahead, last = (min(s, n - f) for f, s, n in zip(first, shape, array.shape, strict=True))
+    if values.dtype != array.dtype or any(f % s for f, s in zip(first, shape, strict=True)):
+        return False
     length = values.size // math.prod(ahead)
     if values.size % math.prod(ahead) or not (length == last or (0 < length < last and length % chunk[-1] == 0)):
         return False
     chunks = _cut(values.reshape(*ahead, length), chunk, array.fill_value)
-    if array.shards:
-        parts = _sharded(chunks, tuple(s // c for s, c in zip(shape, chunk, strict=True)), encode)
+    if layout.is_sharded:
+        parts = _sharded(chunks, layout)
     else:
         ((_, only),) = chunks
-        parts = encode(only)
+        parts = layout.encode(only)
     key = array.metadata.encode_chunk_key(tuple(f // s for f, s in zip(first, shape, strict=True)))
     write(array.store, f"{array.path}/{key}", b"".join(parts))
     return True
@@ -59,62 +54,15 @@ def _cut(values: np.ndarray, chunk: Sequence[int], fill: object) -> Iterator[tup
         yield place, part
 
 
-def _sharded(
-    chunks: Iterable[tuple[tuple[int, ...], np.ndarray]], grid: tuple[int, ...], encode: _Encoder
-) -> list[bytes]:
+def _sharded(chunks: Iterable[tuple[tuple[int, ...], np.ndarray]], layout: Layout) -> list[bytes]:
     """Chunks one behind the other, then the offset and length of each, then the checksum of these."""
-    index = np.full((*grid, 2), _NO_CHUNK, "<u8")
+    index = np.full((*layout.grid, 2), NO_CHUNK, "<u8")
     parts = []
     offset = 0
     for place, values in chunks:
-        part = encode(values)
+        part = layout.encode(values)
         length = sum(map(len, part))
         index[place] = offset, length
         offset += length
         parts += part
-    return [*parts, index.tobytes(), _checksum(index.tobytes())]
-
-
-def _encoding(array: zarr.Array) -> tuple[_Encoder, tuple[int, ...]] | None:
-    """How a chunk becomes pieces of bytes, and its shape; None where a codec is not one that attnscope writes."""
-    codecs: Sequence[_Codec] = array.metadata.to_dict()["codecs"]  # type: ignore[assignment]
-    if codecs[0]["name"] == "sharding_indexed":
-        configuration: Mapping[str, Sequence[_Codec]] = codecs[0]["configuration"]  # type: ignore[assignment]
-        index = [codec["name"] for codec in configuration["index_codecs"]]
-        if len(codecs) > 1 or index != ["bytes", "crc32c"] or configuration.get("index_location", "end") != "end":
-            return None
-        codecs = configuration["codecs"]
-    is_checked = codecs[-1]["name"] == "crc32c"
-    steps = list(_compressors(codecs[: len(codecs) - is_checked]))
-    if None in steps:
-        return None
-
-    def encode(values: np.ndarray) -> list[bytes]:
-        encoded: np.ndarray | bytes = np.ascontiguousarray(values)
-        for step in steps:
-            encoded = step(encoded)  # type: ignore[misc]
-        content = encoded if isinstance(encoded, bytes) else encoded.tobytes()
-        return [content, _checksum(content)] if is_checked else [content]
-
-    return encode, array.chunks
-
-
-def _compressors(codecs: Sequence[_Codec]) -> Iterator[Callable[[np.ndarray | bytes], bytes] | None]:
-    for number, codec in enumerate(codecs):
-        options: Mapping[str, object] = codec.get("configuration", {})  # type: ignore[assignment]
-        match codec["name"]:
-            # Values lie in memory as they are stored; one byte has no order.
-            case "bytes" if number == 0 and options.get("endian", "little") == "little":
-                continue
-            case "zstd":
-                yield Zstd(options["level"], checksum=options["checksum"]).encode
-            case "blosc":
-                shuffle = _SHUFFLES[str(options["shuffle"])]
-                sizes = {name: options[name] for name in ("blocksize", "typesize")}
-                yield Blosc(options["cname"], options["clevel"], shuffle, **sizes).encode
-            case _:
-                yield None
-
-
-def _checksum(content: bytes) -> bytes:
-    return google_crc32c.value(content).to_bytes(4, "little")
+    return [*parts, index.tobytes(), checksum(index.tobytes())]
