@@ -2,10 +2,11 @@
 
 import hashlib
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from attnscope.reference import carrying, models
 EMBEDDED_PREFIX = "embedded:"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHA_BLOCK = 2**26
+# While transformers builds a model, `PreTrainedModel.tie_weights` and torch's default dtype are patched for the whole
+# process; two threads at once leave the patch behind, and tied weights without values from then on.
+_one_at_a_time = threading.Lock()
 
 
 class ModelError(ValueError):
@@ -147,14 +151,14 @@ def load_model(
     config = _config(name, source, revision, trust_remote_code)
     if architecture is not None:
         config.architectures = [architecture]
-    read = partial(_weights, name, source, config, dtype, attn_implementation, revision, trust_remote_code)
-    loaded = read()
-    if any(parameter.is_meta for parameter in loaded.parameters()):
-        # Seen once, on a busy machine: transformers returned a model with an embedding that it had not filled.
-        loaded = read()
+    with _one_at_a_time:
+        loaded = _weights(name, source, config, dtype, attn_implementation, revision, trust_remote_code)
     unfilled = [n for n, parameter in loaded.named_parameters() if parameter.is_meta]
     if unfilled:
-        raise ModelError(f"transformers left {unfilled[0]!r} of model {name!r} without values; try again")
+        raise ModelError(
+            f"transformers left {unfilled[0]!r} of model {name!r} without values;"
+            " is another thread loading a model at the same time?"
+        )
     loaded = _on_device(loaded, device).eval()
     for parameter in loaded.parameters():
         parameter.requires_grad_(False)

@@ -58,7 +58,6 @@ def test_parameters_come_as_json(model: Path, images: Path, tmp_path: Path) -> N
 def test_a_repeated_study_does_no_model_work(
     model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from attnscope import extraction
     from attnscope_flows.study import study_flow
 
     first = study_flow(str(model), str(images), str(tmp_path), CHOICES[:1])
@@ -66,7 +65,7 @@ def test_a_repeated_study_does_no_model_work(
     def refuse(*_: object) -> None:
         raise AssertionError("a block was extracted again")
 
-    monkeypatch.setattr(extraction, "_extract_block", refuse)
+    monkeypatch.setattr("attnscope.blocks._extract_block", refuse)
     assert study_flow(str(model), str(images), str(tmp_path), CHOICES[:1]) == first
 
 

@@ -22,23 +22,7 @@ from attnscope.run import Run, open_run
 from attnscope.samples import Sample
 from attnscope.tokens import KIND_CODES
 
-WORDS = [
-    "a",
-    "red",
-    "green",
-    "blue",
-    "cat",
-    "dog",
-    "circle",
-    "square",
-    "on",
-    "left",
-    "of",
-    "the",
-    "big",
-    "small",
-    "box",
-]
+WORDS = ["a", "red", "green", "blue", "cat", "dog", "circle", "square", "on", "left", "of", "the"]
 LENGTHS = (13, 1, 3, 2, 6, 1, 2, 5, 1, 4, 3)
 SITE = "text.self"
 
