@@ -40,7 +40,5 @@ def test_an_unfilled_model_is_refused(tiny_vit: Path, monkeypatch: pytest.Monkey
 
 def test_tied_weights_are_left_unfilled_where_tying_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedModel, "tie_weights", lambda *_, **__: None)
-    with pytest.raises(
-        ModelError, match=r"'cls\.predictions\.decoder\.weight' of model 'reference:lxmert' without values"
-    ):
+    with pytest.raises(ModelError, match=r"'cls\.predictions\.decoder\.weight' of .* without values"):
         load_model("reference:lxmert")
