@@ -66,7 +66,7 @@ def bert(batch: int, batches: int, tokens: int = 128) -> tuple[torch.nn.Module, 
 
 
 CASES: dict[str, Callable[[], tuple[torch.nn.Module, Batches]]] = {
-    "ViT-B/16, batch 8": lambda: vit(8, 3),
+    "ViT-B/16, batch 8": lambda: vit(8, 6),
     "ViT-B/16, batch 1": lambda: vit(1, 8),
     "decoder, 2048 tokens, batch 1": lambda: decoder(1, 1),
     "BERT-base, 128 tokens, batch 8": lambda: bert(8, 3),

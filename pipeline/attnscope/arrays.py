@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import zarr
 import zarr.codecs
+from zarr.abc.codec import BytesBytesCodec
 from zarr.storage import MemoryStore
 
 from attnscope.attention_array import ATTENTION_OF_CODE
@@ -19,7 +20,11 @@ _TILE_BYTES = 2**17
 _NAMES_AT_ONCE = 2**12
 DENSE_BOUND = {"float16": "2.5e-4", "float32": "2e-6", "uint8": "3.92e-3"}
 # The checksum of the decoded values doesn't cover the header of a zstd frame; that of the stored bytes does.
-COMPRESSORS = (zarr.codecs.ZstdCodec(level=1, checksum=True), zarr.codecs.Crc32cCodec())
+COMPRESSORS: tuple[BytesBytesCodec, ...] = (zarr.codecs.ZstdCodec(level=1, checksum=True), zarr.codecs.Crc32cCodec())
+ATTENTION_COMPRESSORS: dict[str, tuple[BytesBytesCodec, ...]] = {
+    "zstd": COMPRESSORS,
+    "lz4": (zarr.codecs.BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle"), zarr.codecs.Crc32cCodec()),
+}
 _BFLOAT16_NAN = 0x7FC0
 
 
@@ -41,20 +46,31 @@ class ArrayPlan:
     dtype: str
     elements: tuple[int, int] = (0, 0)
     """Of a chunk and of a block, along the dimension `element`."""
+    compressor: str = "zstd"
 
     @property
     def item_bytes(self) -> int:
         return 64 if self.dtype == "string" else 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
 
     @property
+    def is_attention(self) -> bool:
+        return self.row.group == "site" and self.row.name in ("attention", "attention_values")
+
+    @property
+    def compressors(self) -> tuple[BytesBytesCodec, ...]:
+        if self.row.group == "site" and self.row.name in TENSORS:
+            # Queries, keys and values don't compress (1.08 times, measured), which would only cost time.
+            return COMPRESSORS[1:]
+        return ATTENTION_COMPRESSORS[self.compressor] if self.is_attention else COMPRESSORS
+
+    @property
     def attrs(self) -> dict[str, object]:
         attrs: dict[str, object] = {"long_name": self.row.meaning, "units": self.row.units}
-        is_attention = self.row.group == "site" and self.row.name in ("attention", "attention_values")
-        if is_attention:
+        if self.is_attention:
             attrs["bound"] = DENSE_BOUND[self.dtype]
         if self.dtype == "bfloat16":
             attrs["encoded"] = "bfloat16: the upper half of a float32's bits"
-        if is_attention and self.dtype == "uint8":
+        if self.is_attention and self.dtype == "uint8":
             attrs["encoded"] = "compact: places in attention_of_code"
         if "query_kind" in self.row.dims:
             attrs["kinds"] = " ".join(KINDS)
@@ -88,8 +104,8 @@ def arrays_of(plan: RunPlan, spec: ExtractSpec, samples: int) -> Iterable[ArrayP
             if "element" in row.dims:
                 sizes["element"] *= -(-samples // plan.unit)
             array = planned(f"{name}/{stored}", row, sizes, dtype)
-            yield replace(array, elements=(site.chunk_elements, site.block_elements))
-            if stored in ("attention", "attention_values") and dtype == "uint8":
+            yield replace(array, elements=(site.chunk_elements, site.block_elements), compressor=site.compressor)
+            if array.is_attention and dtype == "uint8":
                 yield planned(f"{name}/attention_of_code", quantity("site", "attention_of_code"), {"code": 256})
     if "score" in spec.quantities or spec.needs_gradient:
         yield planned("outputs/score", quantity("outputs", "score"), plan.sizes())
@@ -109,8 +125,7 @@ def create_array(root: zarr.Group, array: ArrayPlan, unit: int) -> None:
         dtype=str if array.dtype == "string" else "uint16" if bits else array.dtype,
         chunks=chunks,
         shards=shards,
-        # Queries, keys and values don't compress (1.08 times, measured), which would only cost time.
-        compressors=COMPRESSORS[1:] if array.row.group == "site" and array.row.name in TENSORS else COMPRESSORS,
+        compressors=array.compressors,
         fill_value=_BFLOAT16_NAN if bits else 0 if array.dtype == "uint8" else array.row.fill,
         dimension_names=array.row.dims,
         attributes=array.attrs,  # type: ignore[arg-type]

@@ -51,8 +51,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def writer_threads(device: torch.device) -> int:
-    """Threads that compress and write: one beside a model that keeps the processor busy, else a half of its cores."""
-    return 1 if device.type == "cpu" else max(1, min(_MOST_WRITERS, processor_cores() // 2))
+    """Threads that compress and write: all cores of a model that waits for them, half of those beside a GPU."""
+    cores = processor_cores()
+    return max(1, min(_MOST_WRITERS, cores if device.type == "cpu" else cores // 2))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from attnscope.recording.calls import unseen
 from attnscope.run import Run
 from attnscope.summaries import Kinds, Summaries, TokenKinds
 from attnscope.tokens import KIND_CODES
-from attnscope.writing import BlockBuffer, encoded, head_tiles, on_host
+from attnscope.writing import BlockBuffer, encoded, gathered, head_tiles, on_host
 
 _LOG_SUM_EXP_TOLERANCE = 1e-3
 
@@ -259,7 +259,7 @@ def _by_head_tiles(
     wanted: frozenset[str],
     beside: Summaries | None,
 ) -> dict[str, np.ndarray]:
-    full: dict[str, list[torch.Tensor]] = {}
+    full: dict[str, torch.Tensor] = {}
     sums: dict[str, torch.Tensor] = {}
     if not wanted & (SUMMARIES | GRADIENT_QUANTITIES | {"attention", "attention_mean"}):
         return {}
@@ -268,7 +268,8 @@ def _by_head_tiles(
         attention = call.attention(heads=heads)
         check_rows(attention, call)
         if "attention" in wanted:
-            full.setdefault("attention", []).append(encoded(attention, spec.encoding))
+            stored = encoded(attention, spec.encoding)
+            full["attention"] = gathered(full.get("attention"), stored, heads, call.shape[1])
         if beside is not None:
             beside.add(attention)
         if "attention_mean" in wanted:
@@ -277,7 +278,7 @@ def _by_head_tiles(
             continue
         slope = torch.zeros_like(attention) if gradient is None else call.attention_gradient(gradient, heads=heads)
         if "attention_grad" in wanted:
-            full.setdefault("attention_grad", []).append(slope)
+            full["attention_grad"] = gathered(full.get("attention_grad"), slope, heads, call.shape[1])
         if "attention_relevance" in wanted:
             # Not in place: what is stored of the two tensors may be their own memory.
             _accumulate(sums, "attention_relevance", (attention * slope).clamp_(min=0).sum(dim=1))
@@ -287,7 +288,7 @@ def _by_head_tiles(
             # The derivative by a weight that a mask holds at zero says nothing.
             total = (slope * (attention > 0)).sum(dim=(2, 3), keepdim=True)
             _accumulate(sums, "attention_gradcam", (attention * total).sum(dim=1))
-    found = {name: on_host(parts) for name, parts in full.items()}
+    found = {name: on_host(tensor) for name, tensor in full.items()}
     found |= {name: (total / call.shape[1]).cpu().numpy() for name, total in sums.items()}
     return found if beside is None else found | beside.arrays()
 

@@ -211,7 +211,8 @@ class Extraction:
             places = Places.of(self.run, self.spec)
             if missing and self.fitting is None:
                 self.fitting = _batch_size(self, places)
-            writer = BlockWriter(writer_threads(self.loaded.device))
+            device = self.loaded.device
+            writer = BlockWriter(writer_threads(device), takes_turns=device.type == "cpu")
             job = Job(self.loaded, self.run, self.spec, self.prepared, self.ready, self.fitting or 1, writer, places,
                        report.check, RegionReader(self.loaded), claims)  # fmt: skip
             try:

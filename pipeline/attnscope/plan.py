@@ -42,7 +42,7 @@ class SitePlan:
     is 'ragged', a sample has `elements` weights in a head on average, and room for `block_elements` of them is kept for
     each block, in chunks of `chunk_elements`. `turns` are the places of the layers in the order in which the model ran
     the attention of all sites. `leaky` are the positions of layers whose rows may sum to less than 1, as they do where
-    sinks have a share.
+    sinks have a share. `compressor` is what makes its attention small, 'zstd' or 'lz4'.
     """
 
     queries: str
@@ -66,6 +66,7 @@ class SitePlan:
     block_elements: int = 0
     chunk_elements: int = 0
     leaky: tuple[int, ...] = ()
+    compressor: str = "zstd"
 
     @property
     def factored_bytes(self) -> int:

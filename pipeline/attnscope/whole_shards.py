@@ -40,7 +40,7 @@ def write_shard(array: zarr.Array, first: Sequence[int], values: np.ndarray) -> 
         ((_, only),) = chunks
         parts = layout.encode(only)
     key = array.metadata.encode_chunk_key(tuple(f // s for f, s in zip(first, shape, strict=True)))
-    write(array.store, f"{array.path}/{key}", b"".join(parts))
+    write(array.store, f"{array.path}/{key}", *parts)
     return True
 
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,19 +18,29 @@ from attnscope.run import Run
 from attnscope.stores import full_disk_told
 from attnscope.tokens import TokenLayout
 
-# Of float32 attention that is computed at once; a GPU has the room, and is busy with a larger tile only.
-_TILE_BYTES = {"cpu": 2**26, "cuda": 2**29}
+# Of float32 attention that is computed at once. A GPU has the room, and is busy with a larger tile only; of a processor
+# it is what the C library hands out again without having the system clear it (measured: four times as fast as 64 MiB).
+_TILE_BYTES = {"cpu": 2**24, "cuda": 2**29}
 _QUEUE_LENGTH = 4
 
 
 def encoded_attention(call: AttentionCall, encoding: str) -> np.ndarray:
     """The attention of a call as it is stored: (batch, head, query_token, key_token), cast on the device."""
-    return on_host([encoded(call.attention(heads=h), encoding) for h in head_tiles(call)])
+    return on_host(torch.cat([encoded(call.attention(heads=h), encoding) for h in head_tiles(call)], dim=1))
 
 
-def on_host(parts: Sequence[torch.Tensor]) -> np.ndarray:
-    """Tiles of heads (batch, head, ...) put together, in the host's memory."""
-    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+def gathered(whole: torch.Tensor | None, tile: torch.Tensor, heads: slice, count: int) -> torch.Tensor:
+    """All heads (batch, head, ...), of which a tile of some more has come; None before the first of `count` heads."""
+    if tile.shape[1] == count:
+        return tile
+    if whole is None:
+        whole = tile.new_empty(tile.shape[0], count, *tile.shape[2:])
+    whole[:, heads] = tile
+    return whole
+
+
+def on_host(whole: torch.Tensor) -> np.ndarray:
+    """A tensor in the host's memory."""
     if whole.device.type != "cuda":
         return whole.cpu().numpy()
     # Page-locked, so that the device writes it by itself; torch keeps such memory for the next layer.
@@ -52,9 +63,9 @@ def decoded(stored: torch.Tensor) -> torch.Tensor:
 
 
 def head_tiles(call: AttentionCall, arrays: int = 1) -> list[slice]:
-    """Slices of heads for which so many float32 arrays of the attention's size take about 64 MiB, or 512 on a GPU."""
+    """Slices of heads for which so many float32 arrays of the attention's size take about 16 MiB, or 512 on a GPU."""
     batch, heads, queries, keys = call.shape
-    room = _TILE_BYTES.get(call.device.type, 2**26) // arrays
+    room = _TILE_BYTES.get(call.device.type, _TILE_BYTES["cpu"]) // arrays
     step = max(1, room // max(1, 4 * batch * queries * keys))
     return [slice(h, min(h + step, heads)) for h in range(0, heads, step)]
 
@@ -65,12 +76,18 @@ class BlockWriter:
     Jobs of a block may run side by side; its last one runs after all of them, while the model is at the next block
     already. A failure comes out of the next `put` or `flush`, a full disk as one sentence; a block that failed never
     sees its last job.
+
+    Beside a model on a GPU, jobs run as they come. Where the model itself has all cores busy (`takes_turns`), a few
+    are gathered, and the model waits until all threads have done them: one thread beside it would make the model's
+    threads wait for each other at every step, and cost twice its own time (measured).
     """
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int = 1, takes_turns: bool = False) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="attnscope-writer")
         self._free = threading.Semaphore(_QUEUE_LENGTH + threads)
         self._idle = threading.Condition()
+        self._takes_turns = takes_turns
+        self._gathered: list[Callable[[], None]] = []
         self._waiting = 0
         self._failure: BaseException | None = None
 
@@ -81,20 +98,36 @@ class BlockWriter:
     def put(self, job: Callable[[], None], after: Callable[[bool], None]) -> None:
         """Run a job later, and after it `after` with whether it succeeded; waits while the queue is full."""
         self._raise_failure()
-        self._free.acquire()
-        with self._idle:
-            self._waiting += 1
-        self._pool.submit(self._run, job, after)
+        self._gathered.append(partial(self._run, job, after))
+        if not self._takes_turns:
+            self.start()
+        elif len(self._gathered) >= _QUEUE_LENGTH:
+            self.start()
+            self._wait()
+
+    def start(self) -> None:
+        """Begin with what was gathered."""
+        for job in self._gathered:
+            self._free.acquire()
+            with self._idle:
+                self._waiting += 1
+            self._pool.submit(job)
+        self._gathered = []
 
     def flush(self) -> None:
         """Wait until everything is written."""
-        with self._idle:
-            self._idle.wait_for(lambda: not self._waiting)
+        self.start()
+        self._wait()
         self._raise_failure()
 
     def close(self) -> None:
         """End the threads; what is in the queue is written first."""
+        self.start()
         self._pool.shutdown(wait=True)
+
+    def _wait(self) -> None:
+        with self._idle:
+            self._idle.wait_for(lambda: not self._waiting)
 
     def _run(self, job: Callable[[], None], after: Callable[[bool], None]) -> None:
         failed = False
@@ -139,6 +172,7 @@ class BlockJobs:
         """Say that no job follows but the last one, which runs when all others have succeeded."""
         self._last = last
         self._writer.put(lambda: None, self._done)
+        self._writer.start()
 
     def _done(self, succeeded: bool) -> None:
         with self._lock:

@@ -13,10 +13,13 @@ import pytest
 import torch
 import transformers
 import xarray as xr
+import zarr
+from numcodecs import Blosc, Zstd
 from PIL import Image
 
 import attnscope
 from attnscope import planning, quantities
+from attnscope.checking import check_run
 from attnscope.extraction import DeadlineReached, extract
 from attnscope.loading import ModelError, load_model
 from attnscope.planning import RecordingError
@@ -61,6 +64,35 @@ def test_stored_attention_is_the_eager_softmax_of_a_vit(
     for layer in range(2):
         assert_same_attention(run.attention("vision.self"), own[layer], layer)
     assert not np.isnan(run.attention("vision.self").values).any()
+
+
+@pytest.mark.parametrize(("spread", "expected"), [(0.05, "lz4"), (0.6, "zstd")], ids=["even", "sharp"])
+def test_the_compressor_is_that_which_suits_the_attention(spread: float, expected: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    model = transformers.ViTModel(config, add_pooling_layer=False).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, 0, spread)
+    inputs = [{"pixel_values": torch.randn(2, 3, 224, 224)}]
+    run = extract(model, inputs, out=tmp_path / "run.zarr")
+    assert run.plan.sites["vision.self"].compressor == expected
+    stored = np.asarray(zarr.open_array(tmp_path / "run.zarr/vision.self/attention")[:1])
+    lz4, zstd = (
+        sum(len(encode(np.ascontiguousarray(head))) for layer in stored[0] for head in layer)
+        for encode in (Blosc("lz4", 1, Blosc.BITSHUFFLE).encode, Zstd(1).encode)
+    )
+    assert (lz4 <= 1.02 * zstd) == (expected == "lz4")
+    exact = extract(model, inputs, encoding="exact").attention("vision.self")
+    assert float(abs(run.attention("vision.self") - exact).max()) < 2.5e-4
+    compact = extract(model, inputs, encoding="compact")
+    assert compact.plan.sites["vision.self"].compressor == "zstd"
+    shard = next(path for path in (tmp_path / "run.zarr/vision.self/attention/c").rglob("*") if path.is_file())
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 1
+    shard.write_bytes(content)
+    assert all(fault.place.startswith("vision.self/attention") for fault in check_run(run).faults)
+    assert check_run(run).faults
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 9])

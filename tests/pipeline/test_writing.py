@@ -10,9 +10,9 @@ from attnscope.stores import StoreError
 from attnscope.writing import BlockWriter
 
 
-@pytest.fixture(params=[1, 4])
+@pytest.fixture(params=[(1, False), (4, False), (1, True), (4, True)], ids=["one", "four", "one-in-turns", "in-turns"])
 def writer(request: pytest.FixtureRequest) -> BlockWriter:
-    return BlockWriter(request.param)
+    return BlockWriter(*request.param)
 
 
 def slow(done: list[str], name: str, seconds: float) -> Callable[[], None]:
@@ -84,3 +84,32 @@ def test_putting_waits_while_the_queue_is_full(writer: BlockWriter) -> None:
     writer.close()
     assert waiting <= 8
     assert len(put) == 40
+
+
+def test_jobs_run_side_by_side_while_the_model_waits() -> None:
+    """As many at once as there are threads, none before enough are there, and none goes on behind the model's back."""
+    writer = BlockWriter(2, takes_turns=True)
+    meet = threading.Barrier(2, timeout=10)
+    block, done = writer.block(), []
+
+    def job() -> None:
+        meet.wait()
+        done.append(threading.current_thread().name)
+
+    for _ in range(3):
+        block.put(job)
+    time.sleep(0.05)
+    assert not done
+    block.put(job)
+    assert len(done) == 4
+    assert threading.current_thread().name not in done
+    writer.close()
+
+
+def test_the_jobs_of_a_closed_block_do_not_wait_for_another_block() -> None:
+    writer = BlockWriter(2, takes_turns=True)
+    block, whole = writer.block(), threading.Event()
+    block.put(lambda: None)
+    block.close(whole.set)
+    assert whole.wait(10)
+    writer.close()

@@ -226,9 +226,9 @@ class AttentionCall:
             raise RuntimeError(f"{self!r} was changed in place after its attention ran; read it with on_call instead")
 
     def _row_blocks(self) -> list[slice]:
-        """Slices of query rows whose scores take about 64 MiB."""
+        """Slices of query rows whose scores take about 16 MiB."""
         batch, head, queries, keys = self.shape
-        size = max(1, 2**24 // max(1, batch * head * keys))
+        size = max(1, 2**22 // max(1, batch * head * keys))
         return [slice(start, min(start + size, queries)) for start in range(0, queries, size)] or [slice(0, 0)]
 
     def _scores(self, rows: Index, heads: Index) -> Tensor:
@@ -306,7 +306,8 @@ def _grouped_product(left: Tensor, right: Tensor, heads: Index, head_count: int)
     """left (batch, selected head, row, channel) times right (batch, kv_head, key_token, channel)^T, kv heads shared."""
     groups = head_count // right.shape[1]
     if groups == 1:
-        return left @ right[:, heads].float().transpose(-1, -2)
+        # Models hand over views by head; torch would copy the transposed one, which takes longer.
+        return left @ right[:, heads].float().contiguous().transpose(-1, -2)
     if isinstance(heads, slice) and heads == ALL:
         batch, _, row, channel = left.shape
         packed = left.reshape(batch, right.shape[1], groups * row, channel)
