@@ -18,7 +18,7 @@ from numcodecs import Blosc, Zstd
 from PIL import Image
 
 import attnscope
-from attnscope import planning, quantities
+from attnscope import capturing, planning, quantities, writing
 from attnscope.checking import check_run
 from attnscope.extraction import DeadlineReached, extract
 from attnscope.loading import ModelError, load_model
@@ -195,6 +195,26 @@ def test_relevance_inputs_equal_eager_autograd(tiny_vit: Path, captioned_images:
         expected = (own * slope).clamp(min=0).mean(1).detach().numpy()
         got = run.array("vision.self", "attention_relevance").sel(layer=layer).values
         assert np.abs(got - expected).max() <= 1e-5 * expected.max()
+
+
+@pytest.mark.parametrize("heads_a_tile", [1, 3])
+def test_tiles_of_heads_give_what_all_heads_at_once_give(
+    tiny_vit: Path, captioned_images: Path, heads_a_tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4 heads, so that the last tile may be a smaller one."""
+    names = {"attention", "attention_mean", *quantities.GRADIENT_QUANTITIES - quantities.RESIDUALS}
+    spec = quantities.ExtractSpec(frozenset(names), target=3, encoding="exact")
+    whole = extract(tiny_vit, captioned_images, spec=spec, batch_size=4)
+    arrays = 4
+    monkeypatch.setitem(writing._TILE_BYTES, "cpu", arrays * heads_a_tile * 4 * 4 * 65 * 65)
+    seen: list[int] = []
+    gathered = capturing.gathered
+    monkeypatch.setattr(capturing, "gathered", lambda w, t, h, n: seen.append(t.shape[1]) or gathered(w, t, h, n))
+    tiled = extract(tiny_vit, captioned_images, spec=spec, batch_size=4)
+    assert {1, heads_a_tile} == set(seen)
+    for name in sorted(names):
+        expected = whole.array("vision.self", name).values
+        np.testing.assert_allclose(tiled.array("vision.self", name).values, expected, atol=1e-6 * abs(expected).max())
 
 
 def test_gradients_of_a_bert_with_padding_equal_eager_autograd(tiny_bert: Path, captioned_images: Path) -> None:
