@@ -211,7 +211,7 @@ def test_tiles_of_heads_give_what_all_heads_at_once_give(
     gathered = capturing.gathered
     monkeypatch.setattr(capturing, "gathered", lambda w, t, h, n: seen.append(t.shape[1]) or gathered(w, t, h, n))
     tiled = extract(tiny_vit, captioned_images, spec=spec, batch_size=4)
-    assert {1, heads_a_tile} == set(seen)
+    assert {1, heads_a_tile} <= set(seen)
     for name in sorted(names):
         expected = whole.array("vision.self", name).values
         np.testing.assert_allclose(tiled.array("vision.self", name).values, expected, atol=1e-6 * abs(expected).max())
