@@ -216,7 +216,7 @@ class MultilevelAlignment:
         shape = (len(phrases), max([1, *map(len, phrases)]), len(plan.layers))
         measured = {name: np.full(shape, np.nan) for name in _GROUNDING}
         chance = {name: np.full(shape[:2], np.nan) for name in _CHANCE}
-        skipped = 0
+        skipped, empty = 0, np.zeros(len(plan.layers), int)
         for block in run.blocks():
             positions = extracted_in(run, block)
             if not len(positions):
@@ -233,10 +233,18 @@ class MultilevelAlignment:
                     for name, value in sample.chances(target).items():
                         chance[name][position, number] = value
                     for layer, one in enumerate(maps):
-                        for name, value in sample.measure(one, target).items():
+                        values = sample.measure(one, target)
+                        empty[layer] += not values
+                        for name, value in values.items():
                             measured[name][position, number, layer] = value
         found: Told = {
-            "phrases_skipped": ((), np.array(skipped), "number of phrases without a box or words to find", "1")
+            "phrases_skipped": ((), np.array(skipped), "number of phrases without a box or words to find", "1"),
+            "maps_empty": (
+                ("layer",),
+                empty,
+                "number of phrases left out of a layer whose map is zero everywhere",
+                "1",
+            ),
         }
         for name, words_ in _GROUNDING.items():
             found |= self._told(name, ("layer",), measured[name], words_)
@@ -354,12 +362,12 @@ class _Grounded:
         return words, np.array(mine)
 
     def measure(self, one: np.ndarray, target: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
-        """The measures of a map (query_token, key_token) for a phrase."""
+        """The measures of a map (query_token, key_token) for a phrase; none of one that shows nothing."""
         words, mine = target
         values = one[words][:, self._patches].mean(0)
         covered = self._shares[mine].max(0)
         if not values.any():
-            return {"pointing": 0.0, "mass": 0.0, "box": 0.0}
+            return {}
         found = {
             "pointing": point(values, covered >= self._options.inside * covered.max()),
             "mass": mass_inside(values, covered),
@@ -440,6 +448,13 @@ def _token_elements(result: xr.Dataset) -> Iterator[Element]:
     yield Table(["measure", "what it is", "chance"], rows)
     if int(result["phrases_skipped"]):
         yield Note(f"{int(result['phrases_skipped'])} phrases have no box, or words or patches that can't be told.")
+    empty = [
+        f"layer {layer} ({n})"
+        for layer, n in zip(result["layer"].values, result["maps_empty"].values, strict=True)
+        if n
+    ]
+    if empty:
+        yield Note(f"Maps are zero everywhere for some phrases, which are left out there: {', '.join(empty)}.")
 
 
 def _concept_elements(result: xr.Dataset) -> Iterator[Element]:

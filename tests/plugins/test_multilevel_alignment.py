@@ -156,6 +156,23 @@ def test_swapped_maps_point_at_the_other_object() -> None:
         np.testing.assert_array_equal(result[name], 0)
 
 
+def test_maps_that_are_zero_everywhere_are_left_out_and_counted() -> None:
+    """As in the last layer of a joint stream, where only the row that the answer is read from has a gradient."""
+
+    def maps(layer: int) -> np.ndarray:
+        found = np.zeros((2, 6, 16))
+        if layer == 0:
+            found[:, [2, 3], 0] = found[:, 5, 15] = 1
+        return found
+
+    result = analyse(planted(maps), MultilevelAlignment(negatives=False), save=False)
+    np.testing.assert_array_equal(result["maps_empty"], [0, 6])
+    for name in ("pointing", "mass", "box"):
+        np.testing.assert_array_equal(result[name], [1, np.nan])
+    html = "".join(e.html() for e in MultilevelAlignment().report(result))
+    assert "zero everywhere for some phrases, which are left out there: layer 1 (6)" in html
+
+
 def test_retrieval_and_negatives_of_a_dual_encoder() -> None:
     config = hf.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16)
     model = widened(hf.CLIPModel._from_config(config, attn_implementation="eager"))

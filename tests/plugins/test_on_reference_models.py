@@ -1,11 +1,16 @@
 """What the analysers say of the trained models that attnscope carries, on scenes that those never saw."""
 
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 import attnscope
 from attnscope.quantities import ExtractSpec
 from attnscope_faithfulness import Faithfulness
 from attnscope_modality_ablation import ModalityAblation
+from attnscope_qk_svd import QKSVD
 from attnscope_relevance import Relevance
 
 
@@ -35,3 +40,21 @@ def test_vision_has_influence_on_the_words_of_lxmert() -> None:
     assert float(result["influence_low"].sel(level="part")) > 1
     assert float(result["influence_low"].sel(level="all")) > 1
     assert int(result["examples"]) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("row", "model", "site"),
+    [
+        ("`reference:clip`, image", "reference:clip", "vision.self"),
+        ("`reference:vilt`", "reference:vilt", "joint.self"),
+        ("`reference:lxmert`, boxes", "reference:lxmert", "vision.self"),
+    ],
+)
+def test_the_page_quotes_the_modes_of_the_weights_that_are_carried(row: str, model: str, site: str) -> None:
+    run = attnscope.extract(model, "reference:test:1", [QKSVD()])
+    found = attnscope.analyse(run, QKSVD(), save=False)["layer_cosine_average"].sel(site=site).dropna("layer")
+    page = (Path(__file__).parents[2] / "docs/query-key-analysers.md").read_text(encoding="utf-8")
+    quoted = re.search(rf"^\| {re.escape(row)} \| ([^;]*);", page, re.MULTILINE)
+    assert quoted is not None
+    np.testing.assert_allclose([float(number) for number in quoted[1].split()], found, atol=0.0051)

@@ -49,7 +49,7 @@ class Recipe:
 _JOINT_GOALS = {"words_colour": 0.98, "words_shape": 0.97, "matching_balanced": 0.91, "answers_attributes": 0.96}
 
 RECIPES = {
-    "vilt": Recipe("vilt", steps=1600, decay=200, peak_rate=2e-3, hard_from=600, goals=_JOINT_GOALS),
+    "vilt": Recipe("vilt", decay=200, peak_rate=2e-3, hard_from=600, goals=_JOINT_GOALS),
     "clip": Recipe("clip", steps=2500, goals={"image_to_text": 0.62, "text_to_image": 0.62}),
     "lxmert": Recipe("lxmert", decay=200, hard_from=600, goals=_JOINT_GOALS),
     "text": Recipe("text", steps=400, decay=200),
