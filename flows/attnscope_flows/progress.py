@@ -4,7 +4,9 @@ import logging
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -22,7 +24,10 @@ UPDATE_EVERY = 5.0
 
 
 class ProgressArtifact:
-    """Listens to an extraction and keeps an artifact up to date, every few seconds; and tells whoever else listens."""
+    """Listens to an extraction and keeps an artifact up to date, every few seconds; and tells whoever else listens.
+
+    A thread of its own talks to the server, so that extraction waits for no answer.
+    """
 
     def __init__(self, out: str, other: Listener | None) -> None:
         self._key = artifact_key("progress", out)
@@ -30,6 +35,8 @@ class ProgressArtifact:
         self._artifact: UUID | None = None
         self._begun: Progress | None = None
         self._updated = 0.0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="attnscope-progress")
+        self._sent: Future[None] | None = None
 
     def __call__(self, progress: "Progress") -> None:
         """Hear of the progress."""
@@ -40,28 +47,38 @@ class ProgressArtifact:
         now = time.monotonic()
         if progress.stage == "plan" or (now - self._updated < UPDATE_EVERY and progress.stage != "done"):
             return
+        if self._sent is not None and not self._sent.done() and progress.stage != "done":
+            return
         self._updated = now
+        percent, words = 100 * progress.done / max(progress.total, 1), progress_words(progress, self._begun)
+        # The context says which flow run the artifact belongs to.
+        self._sent = self._thread.submit(copy_context().run, self._tell, percent, words)
+
+    def close(self) -> None:
+        """Wait until the last that was heard is shown."""
+        self._thread.shutdown(wait=True)
+
+    def _tell(self, percent: float, words: str) -> None:
         try:
-            self._tell(100 * progress.done / max(progress.total, 1), progress_words(progress, self._begun))
+            if self._artifact is None:
+                self._artifact = create_progress_artifact(percent, self._key, words)  # type: ignore[assignment]
+            else:
+                update_progress_artifact(self._artifact, percent, words)
         except Exception as error:
             # A server that doesn't answer must not end the work.
             _log.warning("the progress can't be shown: %s", error)
-
-    def _tell(self, percent: float, words: str) -> None:
-        if self._artifact is None:
-            self._artifact = create_progress_artifact(percent, self._key, words)  # type: ignore[assignment]
-        else:
-            update_progress_artifact(self._artifact, percent, words)
 
 
 @contextmanager
 def progress_artifact(out: str) -> Iterator[None]:
     """Show the progress of what is extracted inside, besides telling the one who listens already."""
-    token = listener.set(ProgressArtifact(out, listener.get()))
+    artifact = ProgressArtifact(out, listener.get())
+    token = listener.set(artifact)
     try:
         yield
     finally:
         listener.reset(token)
+        artifact.close()
 
 
 def artifact_key(kind: str, place: str) -> str:
