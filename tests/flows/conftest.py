@@ -47,7 +47,19 @@ def served(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     for name in ("PREFECT_LOGGING_TO_API_ENABLED", "PREFECT_LOGGING_LEVEL"):
         environment.pop(name, None)
     log = (folder / "serve.log").open("w")
-    command = [sys.executable, "-m", "attnscope.cli", "serve", "--limit", "2"]
+    # As a shell runs what stands before an '&'.
+    command = [
+        "sh",
+        "-c",
+        'trap "" INT; exec "$@"',
+        "sh",
+        sys.executable,
+        "-m",
+        "attnscope.cli",
+        "serve",
+        "--limit",
+        "2",
+    ]
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, text=True)
     try:
         until = time.monotonic() + 240
@@ -58,7 +70,8 @@ def served(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield Served(url, process, environment)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=90)
+        # Sooner than it would kill what doesn't end by itself.
+        process.wait(timeout=30)
         log.close()
 
 
