@@ -160,7 +160,7 @@ def _interrupted(number: int, frame: object) -> None:
 
 def _prefect(arguments: Sequence[str], quiet: bool = False) -> "subprocess.Popen[bytes]":
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-        # A shell lets what it runs in the background ignore it, and all that starts; Prefect's worker ends itself by it.
+        # A shell has what it runs in the background ignore it, and all that starts; Prefect's worker ends itself by it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     command = [sys.executable, "-m", "prefect", *arguments]
     output = subprocess.DEVNULL if quiet else None
