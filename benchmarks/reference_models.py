@@ -2,8 +2,8 @@
 
     python benchmarks/reference_models.py [PART ...]
 
-Parts are modes, entropy, relevance, ablation, alignment and masked; all of them without one. Brackets hold 95 %
-bootstrap intervals. Scenes are of splits that no model was trained on.
+Parts are modes, entropy, preference, relevance, ablation, alignment and masked; all of them without one. Brackets hold
+95 % bootstrap intervals. Scenes are of splits that no model was trained on.
 """
 
 import sys
@@ -50,10 +50,21 @@ def modes() -> Iterator[str]:
 
 
 def entropy() -> Iterator[str]:
-    """How well low entropy tells objects from background, by layer."""
-    for model in ("reference:clip", "reference:vilt"):
-        (result,) = analysed(model, "reference:test:60", {"attention_entropy": {}})
-        yield f"{model} {told(result, 'object_area', site=result.site.values[0], modality='image')}"
+    """How well low entropy tells objects from background: by layer, and from the mean map."""
+    photographs = ("embedded:dinov2-small", "embedded:photographs")
+    for model, samples in (photographs, *((m, "reference:test:60") for m in ("reference:clip", "reference:vilt"))):
+        (result,) = analysed(model, samples, {"attention_entropy": {}})
+        place = {"site": result.site.values[0], "modality": "image"}
+        yield f"{model} {told(result, 'object_area', **place)}; {told(result, 'object_area_of_mean', **place)}"
+
+
+def preference() -> Iterator[str]:
+    """Where attention from an object of CLIP goes, by layer, and what areas alone would give."""
+    (result,) = analysed("reference:clip", "reference:test:60", {"qk_svd": {"on_samples": "yes"}})
+    place = {"site": "vision.self", "direction": "image to image"}
+    for group in result.group.values:
+        yield f"{group} {told(result, 'layer_preference', group=group, **place)}"
+        yield f"  by area {told(result, 'area_preference', group=group, **place)}"
 
 
 def relevance() -> Iterator[str]:
@@ -117,7 +128,7 @@ def masked() -> Iterator[str]:
     yield from faithful(areas)
 
 
-PARTS: Sequence[Callable[[], Iterator[str]]] = (modes, entropy, relevance, ablation, alignment, masked)
+PARTS: Sequence[Callable[[], Iterator[str]]] = (modes, entropy, preference, relevance, ablation, alignment, masked)
 
 
 def main() -> None:

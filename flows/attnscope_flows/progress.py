@@ -45,9 +45,8 @@ class ProgressArtifact:
         if self._begun is None and progress.stage == "extract":
             self._begun = progress
         now = time.monotonic()
-        if progress.stage == "plan" or (now - self._updated < UPDATE_EVERY and progress.stage != "done"):
-            return
-        if self._sent is not None and not self._sent.done() and progress.stage != "done":
+        is_busy = self._sent is not None and not self._sent.done()
+        if progress.stage == "plan" or (progress.stage != "done" and (is_busy or now - self._updated < UPDATE_EVERY)):
             return
         self._updated = now
         percent, words = 100 * progress.done / max(progress.total, 1), progress_words(progress, self._begun)
