@@ -37,13 +37,24 @@ def reference() -> None:
     metavar="FIELD=VALUE",
     help="Another value of a field of the recipe, such as steps=200; repeatable.",
 )
+@click.option("--ablate-loss", "without", multiple=True, metavar="LOSS", help="Leave out this loss; repeatable.")
 @engine_option
-def train(name: str, seed: int, out: str | None, scenes: int, assignments: Sequence[str], engine: str | None) -> None:
+def train(
+    name: str,
+    seed: int,
+    out: str | None,
+    scenes: int,
+    assignments: Sequence[str],
+    without: Sequence[str],
+    engine: str | None,
+) -> None:
     """Train the model NAME (vilt, clip, lxmert or text) from its recipe.
 
     The same command again finishes what was cut short. The same recipe and seed give the same weights.
     """
     changes = dict(_change(assignment) for assignment in assignments)
+    if without:
+        changes["without"] = list(without)
     folder = out or f"reference-{name}-{seed}"
     done = _train(name, folder, seed, changes, scenes, engine or default_engine())
     click.echo(f"model:   {folder} ({done['steps']} steps, {done['seconds']} s of processor time)")

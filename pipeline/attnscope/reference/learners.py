@@ -49,7 +49,17 @@ class Seen:
     boxes: Tensor | None = None
 
 
-class JointLearner(nn.Module):
+class Learner(nn.Module):
+    """A model with its heads, and what it keeps beside its parameters while it learns, as persistent buffers."""
+
+    without: frozenset[str] = frozenset()
+    """Losses that it is taught without."""
+
+    def follow(self, step: int) -> None:
+        """What follows each step of the optimizer, such as moving a momentum encoder; `step` counts from 1."""
+
+
+class JointLearner(Learner):
     """A model that reads image and text together, or text alone, and then has no more than words."""
 
     def see(self, corpus: Corpus, scenes: np.ndarray) -> Seen:
@@ -241,7 +251,7 @@ class Text(JointLearner):
         return self.cls(hidden.text)
 
 
-class Clip(nn.Module):
+class Clip(Learner):
     """CLIP with a class for each patch beside it."""
 
     def __init__(self) -> None:
@@ -266,7 +276,7 @@ class Clip(nn.Module):
         return nn.functional.normalize(self.text_projection(out.pooler_output), dim=-1)
 
 
-LEARNERS: dict[str, type[nn.Module]] = {"vilt": Vilt, "clip": Clip, "lxmert": Lxmert, "text": Text}
+LEARNERS: dict[str, type[Learner]] = {"vilt": Vilt, "clip": Clip, "lxmert": Lxmert, "text": Text}
 
 _ANSWER_NAMES = dict(enumerate(ANSWERS))
 _ANSWER_IDS = {answer: number for number, answer in enumerate(ANSWERS)}

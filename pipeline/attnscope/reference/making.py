@@ -26,7 +26,7 @@ from attnscope.reference.examining import (
 )
 from attnscope.reference.learners import JointLearner, Seen
 from attnscope.reference.scenes import WORLD_VERSION
-from attnscope.reference.training import RECIPES, Listener, Recipe, Training
+from attnscope.reference.training import LESSONS, RECIPES, Listener, Recipe, Training
 from attnscope.reference.weights import read_learner, weights_digest, write_json, write_model
 
 Figures = dict[str, Figure]
@@ -45,14 +45,18 @@ def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
     Raises
     ------
     ReferenceError
-        When there is no such model, or a recipe has no such field.
+        When there is no such model, or its recipe has no such field or loss.
     """
     if name not in RECIPES:
         raise ReferenceError(f"unknown reference model {name!r}; known: {', '.join(RECIPES)}")
     known = {field.name for field in dataclasses.fields(Recipe)} - {"model"}
     if unknown := sorted(set(changes or ()) - known):
         raise ReferenceError(f"a recipe has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
-    return dataclasses.replace(RECIPES[name], **(changes or {}))  # type: ignore[arg-type]
+    recipe = dataclasses.replace(RECIPES[name], **(changes or {}))  # type: ignore[arg-type]
+    if unknown := sorted(set(recipe.without) - set(LESSONS[name].names)):
+        raise ReferenceError(f"{name} has no loss {unknown[0]!r}; its losses are {', '.join(LESSONS[name].names)}")
+    # As JSON gives it, it is a list.
+    return dataclasses.replace(recipe, without=tuple(recipe.without))
 
 
 def train(recipe: Recipe, seed: int, out: str, listener: Listener | None = None) -> Receipt:

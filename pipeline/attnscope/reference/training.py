@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from attnscope.reference.examining import (
     examine_retrieval,
     examine_words,
 )
-from attnscope.reference.learners import LEARNERS, Clip, JointLearner, Text
+from attnscope.reference.learners import LEARNERS, Clip, JointLearner
 from attnscope.reference.lessons import HARD_SHARE, contrastive_losses, joint_losses, word_losses
 from attnscope.reference.scenes import WORLD_VERSION
 
@@ -30,6 +30,7 @@ class Recipe:
 
     Hard scenes are asked about from step `hard_from`. The rate rises over `warm_up` steps to its peak and stays there
     until the validation figures reach all `goals`, or for `steps` at most; then it falls to zero over `decay` steps.
+    `without` names losses that are left out.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Recipe:
     examine_every: int = 200
     validation_scenes: int = 256
     goals: Mapping[str, float] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
 
 _JOINT_GOALS = {"words_colour": 0.98, "words_shape": 0.97, "matching_balanced": 0.91, "answers_attributes": 0.96}
@@ -91,6 +93,7 @@ class Training:
         self._tell = listener or (lambda progress: None)
         torch.manual_seed(seed)
         self.learner = LEARNERS[recipe.model]()
+        self.learner.without = frozenset(recipe.without)
         matrices = [p for p in self.learner.parameters() if p.ndim >= 2]
         rest = [p for p in self.learner.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -159,17 +162,19 @@ class Training:
             group["lr"] = rate
         rng = np.random.Generator(np.random.PCG64([WORLD_VERSION, self.seed, state.step]))
         share = HARD_SHARE if state.step >= recipe.hard_from else 0.0
-        losses = _LOSSES[recipe.model](self.learner, self._corpus, rng, share)
+        losses = LESSONS[recipe.model].losses(self.learner, self._corpus, rng, share)
+        losses = {name: loss for name, loss in losses.items() if name not in self.learner.without}
         self._optimizer.zero_grad()
         sum(losses.values(), torch.zeros(())).backward()
         nn.utils.clip_grad_norm_(self.learner.parameters(), recipe.clip)
         self._optimizer.step()
+        self.learner.follow(state.step + 1)
         return {name: loss.item() for name, loss in losses.items()}
 
     def _examine(self) -> None:
         assert self._validation is not None
         self.learner.eval()
-        self._state.figures = validation_figures(self.learner, self._validation)
+        self._state.figures = LESSONS[self.recipe.model].figures(self.learner, self._validation)
         self.learner.train()
         reached = all(self._state.figures[name] >= goal for name, goal in self.recipe.goals.items())
         if self.recipe.goals and reached and self._state.decay_from is None:
@@ -193,11 +198,18 @@ class Training:
         for name, parameter in self.learner.named_parameters():
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"{key}/{name}"] = value
+        tensors |= {f"kept/{name}": value for name, value in self._kept()}
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self._checkpoint.with_suffix(".unfinished")
         state = vars(self._state) | {"recipe": repr(self.recipe), "seed": self.seed}
         save_file({k: v.contiguous() for k, v in tensors.items()}, unfinished, {"state": json.dumps(state)})
         unfinished.replace(self._checkpoint)
+
+    def _kept(self) -> Iterator[tuple[str, Tensor]]:
+        """What the learner keeps beside its parameters."""
+        parameters = {name for name, _ in self.learner.named_parameters()}
+        state = self.learner.state_dict()
+        return ((name, state[name]) for name, _ in self.learner.named_buffers() if name in state.keys() - parameters)
 
     def resume(self) -> bool:
         """Go on from the folder's checkpoint; False where it has none of this recipe and seed."""
@@ -213,29 +225,41 @@ class Training:
                     self._optimizer.state[parameter] = {
                         key: file.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")
                     }
+                for name, value in self._kept():
+                    value.copy_(file.get_tensor(f"kept/{name}"))
         self._state = _State(**state)
         return True
 
 
-_LOSSES: dict[str, Callable[..., dict[str, Tensor]]] = {
-    "vilt": joint_losses,
-    "lxmert": joint_losses,
-    "clip": contrastive_losses,
-    "text": word_losses,
+def _joint_figures(learner: JointLearner, corpus: Corpus) -> dict[str, float]:
+    examined = (("matching", examine_matching(learner, corpus)), ("answers", examine_answers(learner, corpus)))
+    return _word_figures(learner, corpus) | {
+        f"{prefix}_{name}": float(items.values.mean()) for prefix, found in examined for name, items in found.items()
+    }
+
+
+def _word_figures(learner: JointLearner, corpus: Corpus) -> dict[str, float]:
+    found = examine_words(learner, corpus)
+    return {f"words_{role}": float(items["accuracy"].values.mean()) for role, items in found.items()}
+
+
+def _retrieval_figures(learner: Clip, corpus: Corpus) -> dict[str, float]:
+    return {name: float(items.values.mean()) for name, items in examine_retrieval(learner, corpus).items()}
+
+
+@dataclass(frozen=True)
+class _Lessons:
+    """How a kind of model is taught: the losses of one step with their names, and figures that goals are set for."""
+
+    names: tuple[str, ...]
+    losses: Callable[..., dict[str, Tensor]]
+    figures: Callable[..., dict[str, float]]
+
+
+_JOINT = _Lessons(("words", "match", "answers", "hidden_units", "units"), joint_losses, _joint_figures)
+LESSONS = {
+    "vilt": _JOINT,
+    "lxmert": _JOINT,
+    "clip": _Lessons(("images", "texts", "units"), contrastive_losses, _retrieval_figures),
+    "text": _Lessons(("words",), word_losses, _word_figures),
 }
-
-
-def validation_figures(learner: nn.Module, corpus: Corpus) -> dict[str, float]:
-    """The figures that goals are set for."""
-    if isinstance(learner, Clip):
-        return {name: float(items.values.mean()) for name, items in examine_retrieval(learner, corpus).items()}
-    assert isinstance(learner, JointLearner)
-    words = examine_words(learner, corpus)
-    figures = {f"words_{role}": float(found["accuracy"].values.mean()) for role, found in words.items()}
-    if not isinstance(learner, Text):
-        for prefix, found in (
-            ("matching", examine_matching(learner, corpus)),
-            ("answers", examine_answers(learner, corpus)),
-        ):
-            figures |= {f"{prefix}_{name}": float(items.values.mean()) for name, items in found.items()}
-    return figures

@@ -77,6 +77,17 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(tmp_path: Path) 
     assert again["steps"] == 10
 
 
+def test_a_head_whose_loss_is_left_out_learns_nothing(tmp_path: Path) -> None:
+    moved = {}
+    for folder, without in (("with", ()), ("without", ("answers",))):
+        changes = SHORT | {"steps": 1, "decay": 1, "without": without}
+        training = Training(recipe_of("vilt", changes), 0, tmp_path / folder)
+        training.advance()
+        # It begins at zero.
+        moved[folder] = training.learner.classifier[0].bias.any().item()  # type: ignore[index, union-attr]
+    assert moved == {"with": True, "without": False}
+
+
 def test_another_recipe_does_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
     making.train(recipe_of("text", SHORT), 0, str(tmp_path))
     other = Training(recipe_of("text", SHORT | {"peak_rate": 1e-4}), 0, tmp_path / "training")
@@ -116,7 +127,7 @@ def test_the_command_trains_examines_and_says_so(tmp_path: Path) -> None:
     card = json.loads((out / "card.json").read_text())
     assert f"digest:  {card['digest']}" in result.stdout
     assert card["digest"] == weights_digest(out)
-    assert card["recipe"] == {**dataclasses.asdict(RECIPES["text"]), **SHORT}
+    assert card["recipe"] == {**dataclasses.asdict(RECIPES["text"]), **SHORT, "without": []}
     assert set(card["figures"]) == {"test", "hard"}
     figure = card["figures"]["test"]["words_colour_accuracy"]
     assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1
@@ -129,6 +140,10 @@ def test_the_command_trains_examines_and_says_so(tmp_path: Path) -> None:
     [
         (["nobody"], "unknown reference model 'nobody'; known: vilt, clip, lxmert, text"),
         (["text", "--recipe", "colour=1"], "a recipe has no 'colour'; it has clip, decay,"),
+        (
+            ["vilt", "--ablate-loss", "words", "--ablate-loss", "psl"],
+            "vilt has no loss 'psl'; its losses are words, match",
+        ),
         (["text", "--recipe", "steps"], "--recipe 'steps' is not FIELD=VALUE"),
     ],
 )
