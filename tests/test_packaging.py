@@ -50,7 +50,20 @@ ANALYSIS = ("statistics", "reading", "report", "plugins", "analysis", "rendering
 EMBEDDED = ("embedded", "reference")
 REFERENCE = tuple(
     f"reference.{name}"
-    for name in ("corpus", "learners", "lessons", "examining", "training", "weights", "models", "making")
+    for name in (
+        "corpus",
+        "learners",
+        "lessons",
+        "examining",
+        "simla",
+        "simla_lessons",
+        "simla_examining",
+        "kinds",
+        "training",
+        "weights",
+        "models",
+        "making",
+    )
 )
 MODEL_LINE = (
     "recording",

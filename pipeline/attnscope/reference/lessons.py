@@ -212,11 +212,10 @@ def contrastive_losses(
     texts = learner.embed_texts(trimmed(np.concatenate([corpus.words[scenes], wrong])))
     logits = learner.logit_scale.exp() * images @ texts.T
     truth = torch.arange(_CONTRAST)
-    classes = torch.from_numpy(corpus.patches[scenes].astype(np.int64))
     return {
         "images": nn.functional.cross_entropy(logits, truth) / 2,
         "texts": nn.functional.cross_entropy(logits[:, :_CONTRAST].T, truth) / 2,
-        "units": _UNIT_WEIGHT * _unit_loss(unit_logits.flatten(0, 1), classes.flatten()),
+        "units": patch_loss(unit_logits, corpus, scenes),
     }
 
 
@@ -248,6 +247,12 @@ def _word_loss(learner: JointLearner, hidden: Hidden, asked: Asked) -> Tensor:
     logits = learner.words(hidden)[: len(asked.wanted)]
     wanted = torch.from_numpy(asked.wanted[:, : logits.shape[1]])
     return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+
+
+def patch_loss(logits: Tensor, corpus: Corpus, scenes: np.ndarray) -> Tensor:
+    """The weighted loss of the class of every patch from logits (scene, patch, class)."""
+    classes = torch.from_numpy(corpus.patches[scenes].astype(np.int64)).to(logits.device)
+    return _UNIT_WEIGHT * _unit_loss(logits.flatten(0, 1), classes.flatten())
 
 
 def _unit_loss(logits: Tensor, truth: Tensor) -> Tensor:

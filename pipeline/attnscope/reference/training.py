@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from attnscope.reference import simla_lessons
 from attnscope.reference.corpus import Corpus, build_corpus
 from attnscope.reference.examining import (
     examine_answers,
@@ -19,9 +20,11 @@ from attnscope.reference.examining import (
     examine_retrieval,
     examine_words,
 )
-from attnscope.reference.learners import LEARNERS, Clip, JointLearner
+from attnscope.reference.kinds import LEARNERS
+from attnscope.reference.learners import JointLearner, Retriever
 from attnscope.reference.lessons import HARD_SHARE, contrastive_losses, joint_losses, word_losses
 from attnscope.reference.scenes import WORLD_VERSION
+from attnscope.reference.simla import Simla
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ RECIPES = {
     "clip": Recipe("clip", steps=2500, goals={"image_to_text": 0.62, "text_to_image": 0.62}),
     "lxmert": Recipe("lxmert", decay=200, hard_from=600, goals=_JOINT_GOALS),
     "text": Recipe("text", steps=400, decay=200),
+    "simla": Recipe("simla", steps=2000, decay=300, hard_from=600),
 }
 
 
@@ -136,6 +140,8 @@ class Training:
             self._report("drawing scenes")
             self._corpus = build_corpus("train", range(self.recipe.scenes))
             self._validation = build_corpus("validation", range(self.recipe.validation_scenes))
+            if not self._state.step:
+                self.learner.prepare(self._corpus)
             self._state.seconds += time.process_time() - started
         losses: list[dict[str, float]] = []
         while not self.done and self._state.step < last:
@@ -219,12 +225,13 @@ class Training:
             state = json.loads(file.metadata()["state"])
             if (state.pop("recipe"), state.pop("seed")) != (repr(self.recipe), self.seed):
                 return False
+            there = set(file.keys())
             with torch.no_grad():
                 for name, parameter in self.learner.named_parameters():
                     parameter.copy_(file.get_tensor(f"weights/{name}"))
-                    self._optimizer.state[parameter] = {
-                        key: file.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")
-                    }
+                    # A parameter that no loss reaches has none.
+                    keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in there]
+                    self._optimizer.state[parameter] = {key: file.get_tensor(f"{key}/{name}") for key in keys}
                 for name, value in self._kept():
                     value.copy_(file.get_tensor(f"kept/{name}"))
         self._state = _State(**state)
@@ -243,8 +250,14 @@ def _word_figures(learner: JointLearner, corpus: Corpus) -> dict[str, float]:
     return {f"words_{role}": float(items["accuracy"].values.mean()) for role, items in found.items()}
 
 
-def _retrieval_figures(learner: Clip, corpus: Corpus) -> dict[str, float]:
+def _retrieval_figures(learner: Retriever, corpus: Corpus) -> dict[str, float]:
     return {name: float(items.values.mean()) for name, items in examine_retrieval(learner, corpus).items()}
+
+
+def _simla_figures(learner: Simla, corpus: Corpus) -> dict[str, float]:
+    matching = examine_matching(learner, corpus)
+    figures = _retrieval_figures(learner, corpus) | _word_figures(learner, corpus)
+    return figures | {f"matching_{name}": float(items.values.mean()) for name, items in matching.items()}
 
 
 @dataclass(frozen=True)
@@ -262,4 +275,5 @@ LESSONS = {
     "lxmert": _JOINT,
     "clip": _Lessons(("images", "texts", "units"), contrastive_losses, _retrieval_figures),
     "text": _Lessons(("words",), word_losses, _word_figures),
+    "simla": _Lessons(simla_lessons.LOSSES, simla_lessons.simla_losses, _simla_figures),
 }

@@ -11,18 +11,11 @@ from torch import nn
 
 from attnscope.reference.carrying import path
 from attnscope.reference.corpus import LENGTH, PATCH, SIDE, VOCABULARY
-from attnscope.reference.learners import (
-    LEARNERS,
-    UnitClassifier,
-    clip_config,
-    lxmert_config,
-    text_config,
-    vilt_config,
-)
+from attnscope.reference.kinds import CONFIGS, LEARNERS
+from attnscope.reference.learners import UnitClassifier
 
 WEIGHTS = "model.safetensors"
 
-_CONFIGS = {"vilt": vilt_config, "clip": clip_config, "lxmert": lxmert_config, "text": text_config}
 _UNITS = "patch_classifier"
 _PIXELS = {"resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
@@ -30,7 +23,7 @@ _PIXELS = {"resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 def write_model(name: str, learner: nn.Module, folder: Path) -> None:
     """Write config, weights, tokenizer and processor of a learner."""
     folder.mkdir(parents=True, exist_ok=True)
-    _CONFIGS[name]().save_pretrained(folder)
+    CONFIGS[name]().save_pretrained(folder)
     named = {n: p.detach().contiguous() for n, p in learner.named_parameters() if not n.startswith(_UNITS)}
     if isinstance(units := getattr(learner, _UNITS, None), UnitClassifier):
         named |= {f"{_UNITS}.{n}": p.detach() for n, p in units.whole().named_parameters()}
@@ -47,7 +40,7 @@ def _write_processor(name: str, folder: Path) -> None:
     if name == "vilt":
         images = transformers.ViltImageProcessorPil(size={"shortest_edge": SIDE}, size_divisor=PATCH, **_PIXELS)
         transformers.ViltProcessor(images, tokenizer).save_pretrained(folder)
-    elif name == "clip":
+    elif name in ("clip", "simla"):
         size = {"height": SIDE, "width": SIDE}
         images = transformers.CLIPImageProcessorPil(size=size, do_center_crop=False, **_PIXELS)
         transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder)
