@@ -63,6 +63,7 @@ REFERENCE = tuple(
         "weights",
         "models",
         "making",
+        "tabulating",
     )
 )
 MODEL_LINE = (

@@ -1,6 +1,8 @@
 """Training under a real Prefect: the same weights as without it, and a card for people to see."""
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,29 @@ def test_a_training_that_cannot_be_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(making.ReferenceError, match="unknown reference model 'nobody'"):
         train_flow("nobody", str(tmp_path / "x"))
+
+
+def test_a_flow_tabulates_what_the_library_tabulates(tmp_path: Path) -> None:
+    from prefect.client.orchestration import get_client
+
+    from attnscope.reference.tabulating import Variant, tabulate
+    from attnscope_flows.reference import table_flow
+
+    short = SHORT | {"scenes": 20}
+    variants = [{"name": "a", "model": "text", "changes": short}, {"name": "b", "model": "text", "changes": short}]
+    (tmp_path / "counting.py").write_text(
+        "def sizes(folder):\n    return {'bytes': float((folder / 'model.safetensors').stat().st_size)}\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        receipt = table_flow(variants, str(tmp_path / "flow"), [0], "counting:sizes", processes=2)
+        measure = importlib.import_module("counting").sizes
+        tabulate([Variant(v["name"], v["model"], short) for v in variants], [0], str(tmp_path / "plain"), measure)  # type: ignore[arg-type]
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert receipt["rows"] == 2
+    for name in ("table.json", "a-0/model.safetensors", "b-0/model.safetensors"):
+        assert (tmp_path / "flow" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    with get_client(sync_client=True) as client:
+        tables = [str(a.data) for a in client.read_artifacts() if str(a.key).startswith("table")]
+    assert any("| a |" in text for text in tables)

@@ -63,6 +63,70 @@ def train(
 
 
 @reference.command()
+@click.argument("variants", nargs=-1, required=True, metavar="NAME:MODEL[,FIELD=VALUE...]...")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the models and the table.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of each variant, with commas between.")
+@click.option("--measure", metavar="MODULE:FUNCTION", help="What gives a model's figures; its card's if not given.")
+@click.option(
+    "--processes", default=1, show_default=True, type=click.IntRange(min=1), help="Trainings at a time, a thread each."
+)
+@click.option("--figure", "figures", multiple=True, help="Print this figure's columns alone; repeatable.")
+@engine_option
+def table(
+    variants: Sequence[str],
+    out: str,
+    seeds: str,
+    measure: str | None,
+    processes: int,
+    figures: Sequence[str],
+    engine: str | None,
+) -> None:
+    """Train variants of models with several seeds and print means, intervals and differences from the first variant.
+
+    A variant is a name, a model, and fields of its recipe that differ: full:vilt slow:vilt,peak_rate=1e-3 or
+    no-answers:vilt,without=answers+match. The same command again makes only what is missing.
+    """
+    from attnscope.reference.tabulating import page, read_table
+
+    if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
+        raise click.UsageError(f"--seeds {seeds!r} are not numbers with commas between")
+    numbers = [int(seed) for seed in seeds.split(",")]
+    _tabulate([_variant(text) for text in variants], numbers, out, measure, processes, engine or default_engine())
+    click.echo(page(read_table(out), numbers, figures))
+    click.echo(f"table:   {out}/table.md, and as .csv and .json")
+
+
+def _variant(text: str) -> "dict[str, JsonValue]":
+    name, colon, rest = text.partition(":")
+    if not colon:
+        raise click.UsageError(f"variant {text!r} is not NAME:MODEL[,FIELD=VALUE...]")
+    model, *assignments = rest.split(",")
+    changes = dict(_change(assignment) for assignment in assignments)
+    if isinstance(without := changes.get("without"), str):
+        changes["without"] = [*without.split("+")]
+    return {"name": name, "model": model, "changes": changes}
+
+
+def _tabulate(
+    variants: "list[dict[str, JsonValue]]", seeds: list[int], out: str, measure: str | None, processes: int, engine: str
+) -> None:
+    from attnscope.reference import tabulating
+
+    chosen = [tabulating.variant_of(one) for one in variants]
+    tabulating.check(chosen, seeds)
+    measuring = tabulating.measure_of(measure)
+    if engine == "inline":
+        tabulating.tabulate(chosen, seeds, out, measuring, processes=processes, listener=_tell)
+        return
+    from attnscope_flows import embedded
+
+    with embedded(), _listening():
+        from attnscope_flows.reference import table_flow
+
+        table_flow(variants, out, seeds, measure, processes)
+
+
+@reference.command()
 @click.argument("name")
 @click.option("--format", "form", default="text", type=click.Choice(["text", "json"]), help="How it is printed.")
 def card(name: str, form: str) -> None:

@@ -46,7 +46,7 @@ def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
     Raises
     ------
     ReferenceError
-        When there is no such model, or its recipe has no such field or loss.
+        When there is no such model, or its recipe has no such field or loss, or no loss is left.
     """
     if name not in RECIPES:
         raise ReferenceError(f"unknown reference model {name!r}; known: {', '.join(RECIPES)}")
@@ -56,6 +56,8 @@ def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
     recipe = dataclasses.replace(RECIPES[name], **(changes or {}))  # type: ignore[arg-type]
     if unknown := sorted(set(recipe.without) - set(LESSONS[name].names)):
         raise ReferenceError(f"{name} has no loss {unknown[0]!r}; its losses are {', '.join(LESSONS[name].names)}")
+    if set(recipe.without) == set(LESSONS[name].names):
+        raise ReferenceError(f"{name} has no loss left to learn from; leave out fewer of {', '.join(recipe.without)}")
     # As JSON gives it, it is a list.
     return dataclasses.replace(recipe, without=tuple(recipe.without))
 
