@@ -4,10 +4,12 @@ An image encoder stands below; the text encoder above it looks at the image afte
 encode text alone (without looking), text with image, and image with text: then the patches ask and the words answer. A
 slowly moving copy of everything gives soft targets, and what it made of earlier batches are further negatives.
 
-In small: three layers each instead of twelve, patches' codes from k-means instead of a discrete
-autoencoder, mid-grey pixels for masked patches. Its own: unit logits from the image encoder (see `lessons`).
+In small: three layers each instead of twelve, patches' codes from k-means instead of a discrete autoencoder, mid-grey
+pixels for masked patches; the temperature is learned as its logarithm, since steps a hundred times as large as the
+paper's would take it to its bound at once. Its own: unit logits from the image encoder (see `lessons`).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,7 +124,7 @@ class Simla(Streams, JointLearner):
         self.momentum = _without_parameters(momentum)
         self.itm_head = nn.Linear(WIDTH, 2)
         self.patch_classifier = UnitClassifier()
-        self.temperature = nn.Parameter(torch.tensor(_TEMPERATURE))
+        self.log_temperature = nn.Parameter(torch.tensor(_TEMPERATURE).log())
         self.codes = nn.Parameter(torch.zeros(CODES, 3 * _CODE_SIDE**2), requires_grad=False)
         self.register_buffer("alpha", torch.tensor(0.0))
         self.register_buffer("queue_place", torch.tensor(0))
@@ -141,8 +143,13 @@ class Simla(Streams, JointLearner):
             for name, kept in self.momentum.named_buffers():
                 if name in own:
                     kept.lerp_(own[name], 1 - _MOMENTUM)
-            self.temperature.clamp_(*_TEMPERATURES)
+            self.log_temperature.clamp_(*map(math.log, _TEMPERATURES))
             self.alpha.fill_(_SOFT_SHARE * min(1.0, step / _SOFT_FROM))
+
+    @property
+    def temperature(self) -> Tensor:
+        """What similarities are divided by."""
+        return self.log_temperature.exp()
 
     def keep(self, images: Tensor, texts: Tensor) -> None:
         """Put vectors (sample, channel) into the queues in the place of the oldest."""

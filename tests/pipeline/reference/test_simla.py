@@ -224,9 +224,10 @@ def test_the_momentum_copy_follows_slowly_and_the_queue_forgets_the_oldest(corpu
 
 def test_temperature_stays_in_its_bounds(corpus: Corpus) -> None:
     learner = Simla()
-    for value, bound in ((3.0, 0.5), (-1.0, 0.001)):
+    assert learner.temperature.item() == pytest.approx(0.07)
+    for value, bound in ((3.0, 0.5), (-100.0, 0.001)):
         with torch.no_grad():
-            learner.temperature.fill_(value)
+            learner.log_temperature.fill_(value)
         learner.follow(1)
         assert learner.temperature.item() == pytest.approx(bound)
 
@@ -237,14 +238,14 @@ def test_a_few_samples_are_learned_by_heart_in_every_loss() -> None:
     few = build_corpus("train", [n for n in range(12) if n % 4 != 3][:8])
     learner = Simla()
     learner.prepare(few)
-    optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=2e-3)
+    optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=3e-3, betas=(0.9, 0.98))
     told: list[dict[str, float]] = []
-    for step in range(140):
+    for step in range(110):
         rng = np.random.Generator(np.random.PCG64([0, step]))
         # The momentum copy stays where it is, so that all targets are hard and the same each time. Random vectors in
         # the queue: else it holds each scene many times.
         learner.keep(unit_vectors(QUEUE, 64).float(), unit_vectors(QUEUE, 64).float())
-        losses = simla_losses(learner, few, rng, hard_share=0, batch=16)
+        losses = simla_losses(learner, few, rng, hard_share=0, batch=8)
         optimizer.zero_grad()
         sum(losses.values(), torch.zeros(())).backward()
         torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
@@ -252,14 +253,14 @@ def test_a_few_samples_are_learned_by_heart_in_every_loss() -> None:
         told.append({name: loss.item() for name, loss in losses.items()})
     # A scene that is drawn twice into a batch has two partners: the logarithm of how often is what can't be learned.
     floors = []
-    for step in range(130, 140):
+    for step in range(100, 110):
         drawn = np.random.Generator(np.random.PCG64([0, step]))
-        scenes = draw_scenes(few, 16, drawn, 0)
+        scenes = draw_scenes(few, 8, drawn, 0)
         floors.append(np.log([(scenes == scene).sum() for scene in scenes]).mean())
     for name in LOSSES:
         floor = np.mean(floors) if name == "itc" else 0.0
-        first, last = np.mean([t[name] for t in told[:5]]), np.mean([t[name] for t in told[130:]])
-        assert last - floor < 0.2 * (first - floor), (name, first, last, floor)
+        first, last = np.mean([t[name] for t in told[:5]]), np.mean([t[name] for t in told[100:]])
+        assert last - floor < 0.3 * (first - floor), (name, first, last, floor)
 
 
 def test_a_training_that_was_cut_short_goes_on_to_the_same_weights(tmp_path: Path) -> None:
