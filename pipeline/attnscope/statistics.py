@@ -22,6 +22,13 @@ _PARTS = {
 }
 
 
+def measured(names: Sequence[str]) -> list[str]:
+    """Names of variables without those that only carry another one's interval, count or bootstrap sums."""
+    known = set(names)
+    parts = (*filter(None, _PARTS), _ENDING)
+    return [name for name in names if not any(name.removesuffix(part) in known - {name} for part in parts)]
+
+
 def bootstrap_interval(
     values: np.ndarray, *, draws: int = 1000, level: float = 0.95, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from attnscope.statistics import (
     interval_of_sums,
     mean_height,
     mean_ranks,
+    measured,
     sample_sums,
     with_intervals,
 )
@@ -84,3 +85,8 @@ def test_area_is_not_defined_without_both_kinds_or_with_a_gap() -> None:
 
 def test_equal_values_share_their_rank() -> None:
     np.testing.assert_array_equal(mean_ranks(np.array([[3, 1, 3, 0], [2, 2, 2, 2]])), [[3.5, 2, 3.5, 1], [2.5] * 4])
+
+
+def test_what_was_measured_is_named_without_intervals_and_sums() -> None:
+    parts = ["mass_sums", "mass", "mass_low", "mass_high", "mass_samples", "too_low", "lone_sums"]
+    assert measured(parts) == ["mass", "too_low", "lone_sums"]

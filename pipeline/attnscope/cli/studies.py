@@ -248,9 +248,11 @@ def _tell_extracted(done: "Receipt") -> None:
 
 
 def _tell_analysed(done: "Receipt") -> None:
+    from attnscope.statistics import measured
+
     variables = done["variables"]
     assert isinstance(variables, list)
-    click.echo(f"{done['analyser']}: {', '.join(map(str, variables))} saved in {done['run']}")
+    click.echo(f"{done['analyser']}: {', '.join(measured([*map(str, variables)]))} saved in {done['run']}")
 
 
 def _tell_study(done: "Receipt") -> None:

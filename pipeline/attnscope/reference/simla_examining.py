@@ -1,17 +1,19 @@
 """What SIMLA reached on scenes that it never saw: retrieval by matching, grounding of phrases, reconstruction."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attnscope.reference.corpus import CLS, MASK, SEP, SIDE, Corpus
-from attnscope.reference.examining import GALLERY, Items, batches
+from attnscope.reference.corpus import CLS, MASK, SEP, SIDE, Corpus, build_corpus
+from attnscope.reference.examining import GALLERY, Items, batches, examine_retrieval, examine_words
 from attnscope.reference.learners import Seen
 from attnscope.reference.lessons import Texts, trimmed
 from attnscope.reference.simla import Simla
 from attnscope.reference.simla_lessons import mask_blocks
+from attnscope.reference.weights import read_learner
 
 _RANKS = (1, 5, 10)
 _LEAST_OVERLAP = 0.5
@@ -146,3 +148,23 @@ def examine_reconstruction(learner: Simla, corpus: Corpus) -> dict[str, Items]:
 def _with_and_without(words: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     yield "", words
     yield "_without_words", np.where(np.isin(words, (0, CLS, SEP)), words, MASK)
+
+
+def table_figures(folder: Path) -> dict[str, float]:
+    """What the paper's table of losses compares, of a trained model in a folder: retrieval, grounding, reconstruction.
+
+    On 256 scenes of the test split. Grounding is that of the second of three layers, as the paper takes the ninth of
+    twelve.
+    """
+    learner = read_learner("simla", folder)
+    assert isinstance(learner, Simla)
+    corpus = build_corpus("test", range(GALLERY))
+    words = examine_words(learner, corpus)
+    found = {
+        **{f"matching_{name}": items for name, items in examine_ranking(learner, corpus).items()},
+        **{f"similarity_{name}": items for name, items in examine_retrieval(learner, corpus).items()},
+        **{f"grounding_{name}": items for name, items in examine_grounding(learner, corpus).items()},
+        **{f"words_{role}": words[role]["accuracy"] for role in ("colour", "shape")},
+        **examine_reconstruction(learner, corpus),
+    }
+    return {name: float(items.values.mean()) for name, items in found.items()}
