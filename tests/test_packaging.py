@@ -50,7 +50,22 @@ ANALYSIS = ("statistics", "reading", "report", "plugins", "analysis", "rendering
 EMBEDDED = ("embedded", "reference")
 REFERENCE = tuple(
     f"reference.{name}"
-    for name in ("corpus", "learners", "lessons", "examining", "training", "weights", "models", "making", "tabulating")
+    for name in (
+        "corpus",
+        "pairs",
+        "sharing",
+        "learners",
+        "lessons",
+        "examining",
+        "pair_examining",
+        "training",
+        "checking",
+        "weights",
+        "models",
+        "spreading",
+        "making",
+        "tabulating",
+    )
 )
 MODEL_LINE = (
     "recording",
