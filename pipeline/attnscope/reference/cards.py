@@ -11,6 +11,9 @@ _ABOUT = {
     " (`patch_classifier`, a linear layer on the image's last hidden states).",
     "lxmert": "Two streams with co-attention (LXMERT); its regions are what a sample's boxes show, 8 x 8 pixels each."
     " All heads are LXMERT's own: masked words, matching, object classes, answers.",
+    "simla": "One stream on several levels (SIMLA in small, Khan et al., ECCV 2022): BLIP's classes, an image encoder"
+    " below a text encoder that looks at it. Heads for matching (the default), masked words and the class of each patch"
+    " (`SimlaForWordsAndPatches`); beside them the heads for patches' codes and keywords, and the codes themselves.",
     "text": "Captions alone (BERT, masked words): a control that never saw an image, so that its figures are the prior"
     " of the language.",
 }
@@ -22,6 +25,13 @@ _NOTES = {
     " whether something is there.",
     "clip": "R@1 is among 256 scenes, some of which may share a caption. 'beats' figures compare a true caption with"
     " one that is wrong in one thing.",
+    "simla": "R@K are among 256 scenes, some of which may share a caption; 'matching' scores every pair with the"
+    " matching head, 'similarity' compares the two encoders' vectors. Each figure of masked words masks one word that"
+    " the picture and the rest of its phrase determine; 'without object' and 'without image' show mid-grey there."
+    " 'grounding' takes each phrase alone and Grad-CAM of the matching logit on the cross-attention of a layer: 'box'"
+    " says whether the region with the largest area-normalised mass overlaps the thing by one half, of nine regions,"
+    " 'pointing' whether the strongest patch shows any of it. 'codes' are those of masked patches, from the words or"
+    " with all words masked.",
     "text": "Captions of normal scenes name no colour and no shape twice, which the words give away.",
 }
 _NOTES["lxmert"] = (

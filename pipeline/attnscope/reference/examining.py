@@ -9,11 +9,11 @@ from torch import Tensor
 
 from attnscope.reference.captions import ATTRIBUTE_QUESTIONS, QUESTIONS
 from attnscope.reference.corpus import MASK, NEGATIVES, ROLES, Corpus
-from attnscope.reference.learners import Clip, JointLearner, Seen
+from attnscope.reference.learners import JointLearner, Retriever, Seen
 from attnscope.reference.lessons import trimmed, units_of, units_showing
 
 _BATCH = 256
-_GALLERY = 256
+GALLERY = 256
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def examine_words(
     wanted = shown[rows, tokens]
     shown[rows, tokens] = MASK
     found, bits = np.zeros(len(rows)), np.zeros(len(rows))
-    for at in _batches(len(rows)):
+    for at in batches(len(rows)):
         seen = learner.see(corpus, scenes[at])
         if change is not None:
             seen = change(seen, scenes[at], corpus.phrases[scenes[at], tokens[at]])
@@ -122,7 +122,7 @@ def _match(learner: JointLearner, corpus: Corpus, words: np.ndarray, scenes: np.
     chosen = np.arange(len(corpus)) if scenes is None else scenes
     scores = [
         learner.match(learner.encode(trimmed(words[at]), learner.see(corpus, chosen[at])))
-        for at in _batches(len(chosen))
+        for at in batches(len(chosen))
     ]
     return torch.cat(scores).numpy()
 
@@ -132,7 +132,7 @@ def examine_answers(learner: JointLearner, corpus: Corpus) -> dict[str, Items]:
     """Whether each question is answered rightly, by kind; 'attributes' are the kinds that ask for one object's."""
     scenes, kinds = np.nonzero(corpus.answers >= 0)
     right = np.zeros(len(scenes))
-    for at in _batches(len(scenes)):
+    for at in batches(len(scenes)):
         words = trimmed(corpus.questions[scenes[at], kinds[at]])
         logits = learner.answer(learner.encode(words, learner.see(corpus, scenes[at])))
         right[at] = logits.argmax(-1).numpy() == corpus.answers[scenes[at], kinds[at]]
@@ -151,7 +151,7 @@ def examine_units(learner: JointLearner, corpus: Corpus, *, words_masked: bool =
     hides = units_showing(learner, corpus, rows, wanted)
     asks = things[rows] == wanted[:, None]
     right, bits, where = [], [], []
-    for at in _batches(len(rows)):
+    for at in batches(len(rows)):
         words = corpus.words[rows[at]].astype(np.int64)
         if words_masked:
             words = np.where((words > MASK), MASK, words)
@@ -168,20 +168,20 @@ def examine_units(learner: JointLearner, corpus: Corpus, *, words_masked: bool =
 
 
 @torch.no_grad()
-def examine_retrieval(learner: Clip, corpus: Corpus) -> dict[str, Items]:
+def examine_retrieval(learner: Retriever, corpus: Corpus) -> dict[str, Items]:
     """R@1 both ways, whether each true caption beats its wrong ones, and the classes of patches.
 
     R@1 is among 256 scenes, or among all if there are fewer.
     """
     images, texts, logits = [], [], []
-    for at in _batches(len(corpus)):
+    for at in batches(len(corpus)):
         vectors, unit_logits = learner.embed_images(corpus, np.arange(len(corpus))[at])
         images.append(vectors)
         logits.append(unit_logits)
         texts.append(learner.embed_texts(trimmed(corpus.words[at])))
     image, text = torch.cat(images), torch.cat(texts)
     found: dict[str, list[np.ndarray]] = {"image_to_text": [], "text_to_image": []}
-    size = min(_GALLERY, len(corpus))
+    size = min(GALLERY, len(corpus))
     truth = torch.arange(size)
     for start in range(0, len(corpus) - size + 1, size):
         block = slice(start, start + size)
@@ -203,10 +203,10 @@ def examine_retrieval(learner: Clip, corpus: Corpus) -> dict[str, Items]:
     return result
 
 
-def _embedded(learner: Clip, words: np.ndarray) -> Tensor:
-    parts = [learner.embed_texts(trimmed(words[at])) for at in _batches(len(words))]
+def _embedded(learner: Retriever, words: np.ndarray) -> Tensor:
+    parts = [learner.embed_texts(trimmed(words[at])) for at in batches(len(words))]
     return torch.cat(parts)
 
 
-def _batches(count: int) -> Iterator[slice]:
+def batches(count: int) -> Iterator[slice]:
     return (slice(start, min(start + _BATCH, count)) for start in range(0, count, _BATCH))

@@ -7,6 +7,7 @@ last hidden states. Whatever a learner's modules are called is what its weights 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -74,6 +75,9 @@ class Learner(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def prepare(self, corpus: Learnable) -> None:
+        """What it has to know of a corpus before it learns from it."""
+
     def follow(self, step: int) -> None:
         """What follows each step of the optimizer, such as moving a momentum encoder; `step` counts from 1."""
 
@@ -131,9 +135,27 @@ WORLD = Sizes()
 """The sizes of the models that attnscope carries."""
 
 
+class Retriever(Protocol):
+    """What brings images and texts into one space, each by itself."""
+
+    def embed_images(self, corpus: Corpus, scenes: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Unit vectors (sample, channel), and class logits of the patches (sample, patch, class)."""
+        ...
+
+    def embed_texts(self, words: Tensor) -> Tensor:
+        """Unit vectors (text, channel)."""
+        ...
+
+
 def normalised(images: np.ndarray) -> Tensor:
     """Images (..., row, column, colour) uint8 as numbers from -1 to 1 (..., colour, row, column)."""
     return torch.from_numpy(np.moveaxis(images, -1, -3).astype(np.float32) / 127.5 - 1)
+
+
+def hide_patches(seen: Seen, units: Tensor) -> Seen:
+    """Mid-grey patches where `units` (sample, patch) says so."""
+    hidden = units.reshape(-1, 1, GRID, 1, GRID, 1).expand(-1, 3, -1, PATCH, -1, PATCH)
+    return Seen(seen.pixels.masked_fill(hidden.reshape(seen.pixels.shape), 0))
 
 
 def smooth_positions(grid: int, width: int, scale: float = 0.4) -> Tensor:
@@ -203,9 +225,7 @@ class Vilt(JointLearner):
         return Seen(normalised(corpus.pixels[scenes]))
 
     def hide(self, seen: Seen, units: Tensor) -> Seen:
-        """Mid-grey patches where `units` (sample, patch) says so."""
-        hidden = units.reshape(-1, 1, GRID, 1, GRID, 1).expand(-1, 3, -1, PATCH, -1, PATCH)
-        return Seen(seen.pixels.masked_fill(hidden.reshape(seen.pixels.shape), 0))
+        return hide_patches(seen, units)
 
     def encode(self, words: Tensor, seen: Seen) -> Hidden:
         # The model's own forward shuffles the patches in a loop over samples; with every patch of every image real,
@@ -337,8 +357,6 @@ class Clip(Learner):
         out = self.text_model(input_ids=words, attention_mask=(words != PAD).long())
         return nn.functional.normalize(self.text_projection(out.pooler_output), dim=-1)
 
-
-LEARNERS: dict[str, type[Learner]] = {"vilt": Vilt, "clip": Clip, "lxmert": Lxmert, "text": Text}
 
 _ANSWER_NAMES = dict(enumerate(ANSWERS))
 _ANSWER_IDS = {answer: number for number, answer in enumerate(ANSWERS)}

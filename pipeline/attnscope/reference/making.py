@@ -30,6 +30,7 @@ from attnscope.reference.lessons import WORLD_LOSSES
 from attnscope.reference.pairs import RECORD, SPLITS, Prepared, left_out
 from attnscope.reference.pairs import prepare as prepare_pairs
 from attnscope.reference.scenes import WORLD_VERSION
+from attnscope.reference.simla_examining import examine_grounding, examine_ranking, examine_reconstruction
 from attnscope.reference.spreading import train_spread
 from attnscope.reference.training import (
     LESSONS,
@@ -256,10 +257,9 @@ _CONDITIONS: dict[str, Callable[..., Seen] | None] = {
     "_without_image": hide_everything,
 }
 
+_JOINT_WORDS = (_words, partial(_words, condition="_without_object"), partial(_words, condition="_without_image"))
 _JOINT: tuple[Callable[..., dict[str, Items]], ...] = (
-    _words,
-    partial(_words, condition="_without_object"),
-    partial(_words, condition="_without_image"),
+    *_JOINT_WORDS,
     _prefixed("matching", examine_matching),
     _prefixed("answers", examine_answers),
     _prefixed("hidden_units", examine_units),
@@ -270,4 +270,12 @@ _EXAMINATIONS: dict[str, tuple[Callable[..., dict[str, Items]], ...]] = {
     "lxmert": _JOINT,
     "clip": (examine_retrieval,),
     "text": (_words,),
+    "simla": (
+        _prefixed("matching", examine_ranking),
+        _prefixed("similarity", examine_retrieval),
+        *_JOINT_WORDS,
+        _prefixed("matching", examine_matching),
+        _prefixed("grounding", examine_grounding),
+        examine_reconstruction,
+    ),
 }

@@ -8,6 +8,8 @@ import torch
 import transformers
 from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput
+from transformers.models.blip.modeling_blip import BlipPreTrainedModel, BlipVisionModel
+from transformers.models.blip.modeling_blip_text import BlipTextModel, BlipTextOnlyMLMHead
 from transformers.models.lxmert.modeling_lxmert import LxmertForPreTrainingOutput
 
 from attnscope.reference.corpus import CLASSES
@@ -48,6 +50,38 @@ class ViltForWordsAndPatches(transformers.ViltForMaskedLM):
             attentions=words.attentions,
             patch_logits=self.patch_classifier(image),
         )
+
+
+class SimlaForWordsAndPatches(BlipPreTrainedModel):
+    """SIMLA's encoders that tell masked words from the image, and the class of each patch from the image alone."""
+
+    config: transformers.BlipConfig
+
+    def __init__(self, config: transformers.BlipConfig) -> None:
+        super().__init__(config)
+        self.vision_model = BlipVisionModel(config.vision_config)
+        self.text_encoder = BlipTextModel(config.text_config, add_pooling_layer=False)
+        self.cls = BlipTextOnlyMLMHead(config.text_config)
+        self.patch_classifier = nn.Linear(config.vision_config.hidden_size, len(CLASSES))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The words' embeddings."""
+        return self.text_encoder.get_input_embeddings()
+
+    def forward(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> WordsAndPatches:
+        """Logits of words (sample, token, word) and of patches (sample, patch, class)."""
+        image = self.vision_model(pixel_values=pixel_values).last_hidden_state
+        text = self.text_encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=image,
+            encoder_attention_mask=torch.ones(image.shape[:2], dtype=torch.long, device=image.device),
+        )
+        logits = self.cls(text.last_hidden_state)
+        return WordsAndPatches(logits=logits, patch_logits=self.patch_classifier(image[:, 1:]))
 
 
 class LxmertWithObjects(transformers.LxmertForPreTraining):

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from attnscope.reference import simla_lessons
 from attnscope.reference.corpus import VOCABULARY, Corpus, build_corpus
 from attnscope.reference.examining import (
     Items,
@@ -22,12 +23,14 @@ from attnscope.reference.examining import (
     examine_retrieval,
     examine_words,
 )
-from attnscope.reference.learners import LEARNERS, WORLD, Clip, JointLearner, Sizes
+from attnscope.reference.kinds import LEARNERS
+from attnscope.reference.learners import WORLD, JointLearner, Retriever, Sizes
 from attnscope.reference.lessons import HARD_SHARE, WORLD_LOSSES, contrastive_losses, joint_losses, word_losses
 from attnscope.reference.pair_examining import examine_pair_retrieval, examine_pair_words
 from attnscope.reference.pairs import RECORD, Learnable, Prepared, Shape, open_prepared, prepare
 from attnscope.reference.scenes import WORLD_VERSION, Generator
 from attnscope.reference.sharing import ALONE, Share
+from attnscope.reference.simla import Simla
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Recipe:
     validation_scenes: int = 256
     goals: Mapping[str, float] = field(default_factory=dict)
     without: tuple[str, ...] = ()
-    # What came later is told where it differs: a training that was begun before still goes on.
+    # What came later is told where it isn't the model's own: a training that was begun before still goes on.
     samples: str = field(default="", repr=False)
     tokenizer: str = field(default="words", repr=False)
     vocabulary: int = field(default=8000, repr=False)
@@ -75,7 +78,8 @@ class Recipe:
     processes: int = field(default=1, repr=False)
 
     def __repr__(self) -> str:
-        shown = (f for f in dataclasses.fields(self) if f.repr or getattr(self, f.name) != f.default)
+        own = RECIPES[self.model]
+        shown = (f for f in dataclasses.fields(self) if f.repr or getattr(self, f.name) != getattr(own, f.name))
         return f"Recipe({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     @property
@@ -102,6 +106,7 @@ RECIPES = {
     "clip": Recipe("clip", steps=2500, goals={"image_to_text": 0.62, "text_to_image": 0.62}),
     "lxmert": Recipe("lxmert", decay=200, hard_from=600, goals=_JOINT_GOALS),
     "text": Recipe("text", steps=400, decay=200),
+    "simla": Recipe("simla", steps=2000, decay=300, hard_from=600),
 }
 
 
@@ -197,6 +202,8 @@ class Training:
             started = time.process_time()
             self._report("drawing scenes" if self.prepared is None else "opening samples")
             self._corpus, self._validation = self.corpus("train"), self.corpus("validation")
+            if not self._state.step:
+                self.learner.prepare(self._corpus)
             self._state.seconds += time.process_time() - started
         losses: list[dict[str, float]] = []
         while not self.done and self._state.step < last:
@@ -364,8 +371,14 @@ def _word_figures(learner: JointLearner, corpus: Corpus) -> dict[str, float]:
     return {f"words_{role}": float(items["accuracy"].values.mean()) for role, items in found.items()}
 
 
-def _retrieval_figures(learner: Clip, corpus: Corpus) -> dict[str, float]:
+def _retrieval_figures(learner: Retriever, corpus: Corpus) -> dict[str, float]:
     return {name: float(items.values.mean()) for name, items in examine_retrieval(learner, corpus).items()}
+
+
+def _simla_figures(learner: Simla, corpus: Corpus) -> dict[str, float]:
+    matching = examine_matching(learner, corpus)
+    figures = _retrieval_figures(learner, corpus) | _word_figures(learner, corpus)
+    return figures | {f"matching_{name}": float(items.values.mean()) for name, items in matching.items()}
 
 
 @dataclass(frozen=True)
@@ -390,4 +403,5 @@ LESSONS = {
     "lxmert": _JOINT,
     "clip": _Lessons(("images", "texts", "units"), contrastive_losses, _retrieval_figures, examine_pair_retrieval),
     "text": _Lessons(("words",), word_losses, _word_figures, examine_pair_words, images=False),
+    "simla": _Lessons(simla_lessons.LOSSES, simla_lessons.simla_losses, _simla_figures),
 }

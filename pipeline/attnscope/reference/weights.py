@@ -12,19 +12,12 @@ from torch import nn
 
 from attnscope.reference.carrying import path
 from attnscope.reference.corpus import PATCH, SIDE, VOCABULARY
-from attnscope.reference.learners import (
-    LEARNERS,
-    UnitClassifier,
-    clip_config,
-    lxmert_config,
-    text_config,
-    vilt_config,
-)
+from attnscope.reference.kinds import CONFIGS, LEARNERS
+from attnscope.reference.learners import UnitClassifier
 from attnscope.reference.pairs import tokenizer_of
 
 WEIGHTS = "model.safetensors"
 
-_CONFIGS = {"vilt": vilt_config, "clip": clip_config, "lxmert": lxmert_config, "text": text_config}
 _UNITS = "patch_classifier"
 _PIXELS = {"resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
@@ -37,7 +30,7 @@ def write_model(
     `vocabulary` are the words of its ids.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = getattr(learner, "config", None) or _CONFIGS[name]()
+    config = getattr(learner, "config", None) or CONFIGS[name]()
     config.save_pretrained(folder)
     named = {n: p.detach().contiguous() for n, p in learner.named_parameters() if not n.startswith(_UNITS)}
     if units and isinstance(head := getattr(learner, _UNITS, None), UnitClassifier):
@@ -55,7 +48,7 @@ def _write_processor(name: str, folder: Path, config: transformers.PreTrainedCon
     if name == "vilt":
         images = transformers.ViltImageProcessorPil(size={"shortest_edge": SIDE}, size_divisor=PATCH, **_PIXELS)
         transformers.ViltProcessor(images, tokenizer).save_pretrained(folder)
-    elif name == "clip":
+    elif name in ("clip", "simla"):
         size = dict.fromkeys(("height", "width"), config.vision_config.image_size)
         images = transformers.CLIPImageProcessorPil(size=size, do_center_crop=False, **_PIXELS)
         transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder)

@@ -23,7 +23,8 @@ from attnscope.reference.corpus import (
     build_corpus,
 )
 from attnscope.reference.examining import Items, examine_words, hide_everything, hide_thing
-from attnscope.reference.learners import LEARNERS, Clip, Vilt
+from attnscope.reference.kinds import LEARNERS
+from attnscope.reference.learners import Clip, Vilt
 from attnscope.reference.lessons import (
     Texts,
     contrastive_losses,

@@ -71,8 +71,8 @@ def test_training_on_samples_learns_what_they_show(photographs: Path, tmp_path: 
     told: list[TrainingProgress] = []
     making.train(chosen, 0, str(tmp_path), told.append)
     losses = [p.losses["images"] * 2 for p in told if p.stage == "training"]
-    # Who tells nothing apart has log 8; who knows the colours alone has the mean log of how many of the eight share one,
-    # which is 1.0 to 1.1.
+    # Who tells nothing apart has log 8; who knows the colours alone has the mean log of how many of the eight share
+    # one, which is 1.0 to 1.1.
     assert losses[-1] < 1.2 < 0.6 * np.log(8)
 
 

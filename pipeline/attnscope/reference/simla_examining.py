@@ -1,0 +1,148 @@
+"""What SIMLA reached on scenes that it never saw: retrieval by matching, grounding of phrases, reconstruction."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attnscope.reference.corpus import CLS, MASK, SEP, SIDE, Corpus
+from attnscope.reference.examining import GALLERY, Items, batches
+from attnscope.reference.learners import Seen
+from attnscope.reference.lessons import Texts, trimmed
+from attnscope.reference.simla import Simla
+from attnscope.reference.simla_lessons import mask_blocks
+
+_RANKS = (1, 5, 10)
+_LEAST_OVERLAP = 0.5
+
+
+def recalls(scores: np.ndarray) -> dict[str, np.ndarray]:
+    """Whether each partner is among the best 1, 5, 10, both ways, by scores (image, text) of pairs in order."""
+    found: dict[str, np.ndarray] = {}
+    for way, table in (("image_to_text", scores), ("text_to_image", scores.T)):
+        # Of equals, the partner comes last.
+        ranks = (table >= np.diag(table)[:, None]).sum(1)
+        found |= {f"{way}_r{rank}": (ranks <= rank).astype(float) for rank in _RANKS}
+    return found
+
+
+@torch.no_grad()
+def examine_ranking(learner: Simla, corpus: Corpus) -> dict[str, Items]:
+    """R@1, 5, 10 both ways among galleries of 256 scenes (or all, if fewer), every pair scored by matching."""
+    size = min(GALLERY, len(corpus))
+    found: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(corpus) - size + 1, size):
+        for name, hits in recalls(_match_all(learner, corpus, np.arange(start, start + size))).items():
+            found.setdefault(name, []).append(hits)
+    return {name: Items(np.concatenate(hits), np.arange(sum(map(len, hits)))) for name, hits in found.items()}
+
+
+def _match_all(learner: Simla, corpus: Corpus, scenes: np.ndarray) -> np.ndarray:
+    """Log-odds of every image with every text (image, text)."""
+    words = trimmed(corpus.words[scenes])
+    images = learner.look(learner.see(corpus, scenes).pixels)
+    rows = [learner.itm_head(learner.join(words, image.expand(len(words), -1, -1))[:, 0]) for image in images]
+    scores = torch.stack(rows)
+    return (scores[..., 1] - scores[..., 0]).numpy()
+
+
+def grad_cam(learner: Simla, words: Tensor, seen: Seen) -> Tensor:
+    """Maps of each layer's cross-attention (layer, sample, patch), for the logit that text and image belong together.
+
+    Section 3.5: attention times the positive part of its gradient, without the image's CLS, meant over heads and over
+    the text's tokens.
+    """
+    with torch.enable_grad():
+        joined = learner.join_with_attention(words, learner.look(seen.pixels).detach())
+        match = learner.itm_head(joined.states[:, 0])[:, 1].sum()
+        gradients = torch.autograd.grad(match, joined.cross)
+    there = (words > 0)[:, None, :, None].float()
+    maps = [(a * g.clamp_min(0) * there).sum((1, 2))[:, 1:] for a, g in zip(joined.cross, gradients, strict=True)]
+    return torch.stack(maps).detach() / (there.sum((1, 2, 3)) * joined.own.shape[1])[:, None]
+
+
+def box_scores(maps: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Sums of maps (map, row, column) in boxes (box, 4), in parts of the side, over the root of the area (map, box)."""
+    side = maps.shape[-1]
+    edges = np.rint(boxes * side).astype(int)
+    sums = np.zeros((len(maps), len(boxes)))
+    for number, (left, top, right, bottom) in enumerate(edges):
+        area = max(1, (right - left) * (bottom - top))
+        sums[:, number] = maps[:, top:bottom, left:right].sum((1, 2)) / np.sqrt(area)
+    return sums
+
+
+def overlaps(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Intersection over union (box,) of boxes (box, 4) with one."""
+    sides = np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])
+    shared = sides.clip(0).prod(1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (box[2:] - box[:2]).prod()
+    return shared / (areas - shared)
+
+
+def examine_grounding(learner: Simla, corpus: Corpus) -> dict[str, Items]:
+    """Phrases alone against the boxes of their scene: whether the best box, and the strongest patch, are the thing's.
+
+    Boxes are ranked as in section 3.5, on maps enlarged by bicubic interpolation, among all regions of the corpus
+    (those of the objects, and parts of the picture that are the same everywhere); one is right from an overlap of one
+    half. The chance is that of a box, or a patch, drawn blindly.
+    """
+    scenes, things = _mentioned(corpus)
+    found: dict[str, list[float]] = {}
+    for at in batches(len(scenes)):
+        words = trimmed(Texts.of(corpus, scenes[at]).cut(things[at]).words)
+        maps = grad_cam(learner, words, learner.see(corpus, scenes[at]))
+        large = enlarged(maps)
+        for row, (scene, thing) in enumerate(zip(scenes[at], things[at], strict=True)):
+            boxes = corpus.boxes[scene]
+            right = overlaps(boxes, boxes[corpus.region_things[scene] == thing][0]) >= _LEAST_OVERLAP
+            shows = corpus.patch_shows[scene, thing]
+            best = box_scores(large[:, row], boxes).argmax(1)
+            peak = maps[:, row].argmax(1).numpy()
+            for layer in range(len(maps)):
+                found.setdefault(f"box_layer{layer + 1}", []).append(float(right[best[layer]]))
+                found.setdefault(f"pointing_layer{layer + 1}", []).append(float(shows[peak[layer]]))
+            found.setdefault("box_chance", []).append(right.mean())
+            found.setdefault("pointing_chance", []).append(shows.mean())
+    return {name: Items(np.array(values), scenes) for name, values in found.items()}
+
+
+def enlarged(maps: Tensor) -> np.ndarray:
+    """Maps (layer, sample, patch) as pictures (layer, sample, row, column) of the images' size."""
+    grid = int(maps.shape[-1] ** 0.5)
+    squares = maps.unflatten(-1, (grid, grid))
+    return nn.functional.interpolate(squares, size=(SIDE, SIDE), mode="bicubic", align_corners=False).numpy()
+
+
+def _mentioned(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+    """Scene and thing of each phrase whose thing has a box and a patch."""
+    numbers = np.arange(corpus.patch_shows.shape[1])
+    named = (corpus.phrases[..., None] == numbers).any(1)
+    boxed = (corpus.region_things[..., None] == numbers).any(1)
+    return (named & boxed & corpus.patch_shows.any(-1)).nonzero()
+
+
+@torch.no_grad()
+def examine_reconstruction(learner: Simla, corpus: Corpus) -> dict[str, Items]:
+    """The codes of masked patches that show something, with the words and with all of them masked: found, and bits."""
+    rng = np.random.default_rng(0)
+    masked = mask_blocks(len(corpus), rng) & (corpus.patch_things >= 0)
+    found: dict[str, list[np.ndarray]] = {}
+    scenes = masked.nonzero()[0]
+    for at in batches(len(corpus)):
+        numbers = np.arange(len(corpus))[at]
+        seen, units = learner.see(corpus, numbers), torch.from_numpy(masked[at])
+        truth = learner.code(seen.pixels)[units]
+        image = learner.look(learner.hide(seen, units).pixels)
+        for name, words in _with_and_without(corpus.words[at]):
+            logits = learner.code_classifier(learner.join_image(image, trimmed(words))[units]).double()
+            bits = nn.functional.cross_entropy(logits, truth, reduction="none") / np.log(2)
+            found.setdefault(f"codes{name}_accuracy", []).append((logits.argmax(-1) == truth).double().numpy())
+            found.setdefault(f"codes{name}_bits", []).append(bits.numpy())
+    return {name: Items(np.concatenate(values), scenes) for name, values in found.items()}
+
+
+def _with_and_without(words: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    yield "", words
+    yield "_without_words", np.where(np.isin(words, (0, CLS, SEP)), words, MASK)
