@@ -52,16 +52,21 @@ REFERENCE = tuple(
     f"reference.{name}"
     for name in (
         "corpus",
+        "pairs",
+        "sharing",
         "learners",
         "lessons",
         "examining",
+        "pair_examining",
         "simla",
         "simla_lessons",
         "kinds",
         "weights",
         "simla_examining",
         "training",
+        "checking",
         "models",
+        "spreading",
         "making",
         "tabulating",
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextvars import ContextVar
 from multiprocessing import get_context
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
@@ -59,8 +59,12 @@ def train_flow(
     seed: int = 0,
     changes: dict[str, JsonValue] = {},  # noqa: B006 - Prefect copies it, and its form shows the default
     scenes: int = 512,
+    samples: str | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    processes: int = 1,
 ) -> Receipt:
-    """Train a reference model and examine it.
+    """Train a reference model, on generated scenes or on samples, and examine it.
 
     Args:
         model: One of vilt, clip, lxmert, text, simla.
@@ -68,7 +72,14 @@ def train_flow(
         seed: Seed of the weights and of the lessons.
         changes: Fields of the recipe with other values.
         scenes: How many unseen scenes of each split it is examined on.
+        samples: What it learns from in the place of generated scenes; clip and text can.
+        device: What it is computed on.
+        dtype: What most of a step is computed in; weights stay float32.
+        processes: How many processes share each batch; on cuda each has a device.
     """
+    running: dict[str, JsonValue] = {"samples": samples, "device": device, "dtype": dtype, "processes": processes}
+    defaults = {"samples": None, "device": "cpu", "dtype": "float32", "processes": 1}
+    changes = {**changes, **{field: value for field, value in running.items() if value != defaults[field]}}
     trained = train_task(model, out, seed, changes)
     return {**trained, **examine_task(model, out, seed, changes, scenes)}
 

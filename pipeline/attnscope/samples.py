@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,35 +131,46 @@ def read_samples(source: str | Path, limit: int | None = None) -> list[Sample]:
     SampleError
         When the source doesn't exist, isn't of a known kind, or holds no sample.
     """
-    path = Path(source)
-    if str(source).startswith(_DATASETS):
-        samples = _from_datasets(str(source).removeprefix(_DATASETS), limit)
-    elif path.is_dir():
-        samples = _from_folder(path)
-    elif path.is_file():
-        reader = _FILE_READERS.get(path.suffix.lower())
-        if reader is None:
-            known = ", ".join(_FILE_READERS)
-            raise SampleError(f"samples file {str(path)!r} has an unknown kind {path.suffix!r}; known are {known}")
-        samples = _from_records(reader(path), path.parent)
-    else:
-        raise SampleError(f"samples {str(source)!r} are neither a folder nor a file")
-    found = list(samples)[:limit]
+    return list(iterate_samples(source, limit))
+
+
+def iterate_samples(source: str | Path, limit: int | None = None) -> Iterator[Sample]:
+    """The same one after the other, so that images that come as bytes need not all be in memory."""
+    found = False
+    for sample in _unique(islice(_samples_of(source, limit), limit)):
+        found = True
+        yield sample
     if not found:
         raise SampleError(f"samples {str(source)!r} hold no sample: no image, and no record in a metadata file")
-    return unique_ids(found)
+
+
+def _samples_of(source: str | Path, limit: int | None) -> Iterator[Sample]:
+    path = Path(source)
+    if str(source).startswith(_DATASETS):
+        return _from_datasets(str(source).removeprefix(_DATASETS), limit)
+    if path.is_dir():
+        return _from_folder(path)
+    if not path.is_file():
+        raise SampleError(f"samples {str(source)!r} are neither a folder nor a file")
+    reader = _FILE_READERS.get(path.suffix.lower())
+    if reader is None:
+        known = ", ".join(_FILE_READERS)
+        raise SampleError(f"samples file {str(path)!r} has an unknown kind {path.suffix!r}; known are {known}")
+    return _from_records(reader(path), path.parent)
 
 
 def unique_ids(samples: Iterable[Sample]) -> list[Sample]:
     """The same samples; one whose id was used before is marked as a problem and gets a distinct id."""
+    return list(_unique(samples))
+
+
+def _unique(samples: Iterable[Sample]) -> Iterator[Sample]:
     seen: set[str] = set()
-    result = []
     for number, sample in enumerate(samples):
         if sample.id in seen:
             sample = replace(sample, id=f"{sample.id}#{number}", problem=f"id {sample.id!r} was used before")
         seen.add(sample.id)
-        result.append(sample)
-    return result
+        yield sample
 
 
 def regions_from(text: str) -> tuple[Region, ...]:

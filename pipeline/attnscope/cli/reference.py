@@ -38,6 +38,10 @@ def reference() -> None:
     help="Another value of a field of the recipe, such as steps=200; repeatable.",
 )
 @click.option("--ablate-loss", "without", multiple=True, metavar="LOSS", help="Leave out this loss; repeatable.")
+@click.option("--samples", help="Learn from these images and texts in the place of generated scenes.")
+@click.option("--device", help="cpu or cuda.")
+@click.option("--dtype", help="float32, or bfloat16 for most of a step; weights stay float32.")
+@click.option("--processes", type=click.IntRange(min=1), help="Processes that share each batch; on cuda a device each.")
 @engine_option
 def train(
     name: str,
@@ -46,6 +50,10 @@ def train(
     scenes: int,
     assignments: Sequence[str],
     without: Sequence[str],
+    samples: str | None,
+    device: str | None,
+    dtype: str | None,
+    processes: int | None,
     engine: str | None,
 ) -> None:
     """Train the model NAME (vilt, clip, lxmert, text or simla) from its recipe.
@@ -53,13 +61,37 @@ def train(
     The same command again finishes what was cut short. The same recipe and seed give the same weights.
     """
     changes = dict(_change(assignment) for assignment in assignments)
+    named = {"samples": samples, "device": device, "dtype": dtype, "processes": processes}
+    changes |= {field: value for field, value in named.items() if value is not None}
     if without:
         changes["without"] = list(without)
     folder = out or f"reference-{name}-{seed}"
     done = _train(name, folder, seed, changes, scenes, engine or default_engine())
+    for note in done["notes"]:  # type: ignore[union-attr]
+        click.echo(f"note:    {note}")
     click.echo(f"model:   {folder} ({done['steps']} steps, {done['seconds']} s of processor time)")
     click.echo(f"card:    {done['card']}")
     click.echo(f"digest:  {done['digest']}")
+
+
+@reference.command()
+@click.argument("samples")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the prepared samples.")
+@click.option("--model", default="clip", show_default=True, help="What shall learn from them.")
+@click.option("--recipe", "assignments", multiple=True, metavar="FIELD=VALUE", help="As when training; repeatable.")
+def prepare(samples: str, out: str, model: str, assignments: Sequence[str]) -> None:
+    """Scale the images of SAMPLES and number the words of their texts, once for many trainings.
+
+    The folder can be named as the --samples of trainings with the same side, length, tokenizer, vocabulary and
+    validation_scenes.
+    """
+    from attnscope.reference import making
+
+    changes = dict(_change(assignment) for assignment in assignments) | {"samples": samples}
+    done = making.prepare(making.recipe_of(model, changes), out, _tell)
+    for note in done["notes"]:  # type: ignore[union-attr]
+        click.echo(f"note:    {note}")
+    click.echo(f"samples: {out} ({done['samples']} usable)")
 
 
 @reference.command()

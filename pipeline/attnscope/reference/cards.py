@@ -43,6 +43,8 @@ _NOTES["lxmert"] = (
 
 def card_page(card: Mapping[str, Any]) -> str:
     """Markdown of a card."""
+    if "samples" in card:
+        return _samples_page(card)
     recipe, name = card["recipe"], card["model"]
     lines = [
         f"# reference:{name}",
@@ -64,6 +66,43 @@ def card_page(card: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _samples_page(card: Mapping[str, Any]) -> str:
+    """Markdown of the card of a model that learned from samples."""
+    recipe, name, samples = card["recipe"], card["model"], card["samples"]
+    lines = [
+        f"# {name} on {samples['source']}",
+        "",
+        _ABOUT_PAIRS[name],
+        "",
+        f"{card['parameters']:,} parameters, trained with seed {card['seed']} on {samples['train']:,} samples of"
+        f" {samples['source']} (left out: {samples['left_out']:,}; texts that were cut: {samples['cut_texts']:,}), a"
+        f" vocabulary of {samples['vocabulary']:,} {_PARTS[recipe['tokenizer']]}, {card['steps']:,} steps (the rate"
+        f" fell from step {card['decay_from']:,}) in {recipe['dtype']} on {recipe['device']}, processes:"
+        f" {recipe['processes']}, torch {card['versions']['torch']}, transformers {card['versions']['transformers']}.",
+        "",
+        f"Figures on {samples['test']:,} samples that it never saw; in brackets the {card['interval']}."
+        f" {_PAIR_NOTES[name]}",
+        "",
+        *_table(card["figures"]),
+        "",
+        f"SHA-256 of the samples as prepared `{samples['digest']}`, of the weight files `{card['digest']}`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_PARTS = {"words": "words", "wordpiece": "word pieces"}
+_ABOUT_PAIRS = {
+    "clip": "Two encoders that meet in the similarity (CLIP).",
+    "text": "Texts alone (BERT, masked words), without images.",
+}
+_PAIR_NOTES = {
+    "clip": "Each says how often an image's own text (or a text's own image) is the first, or among the first 5 or 10,"
+    " of all of these samples'.",
+    "text": "15 % of the words are masked; 'words' says how many of them are told.",
+}
 
 
 def _table(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Sequence[str]:

@@ -6,6 +6,7 @@ last hidden states. Whatever a learner's modules are called is what its weights 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -27,7 +28,9 @@ from attnscope.reference.corpus import (
     VOCABULARY,
     Corpus,
 )
+from attnscope.reference.pairs import Learnable
 from attnscope.reference.scenes import COLOURS, SHAPES
+from attnscope.reference.sharing import ALONE, Share
 
 _WIDTH, _HEADS, _LAYERS = 64, 4, 4
 _INIT = 0.05
@@ -55,8 +58,24 @@ class Learner(nn.Module):
 
     without: frozenset[str] = frozenset()
     """Losses that it is taught without."""
+    share: Share = ALONE
+    """The part of each batch that it is asked about, where several processes teach it."""
 
-    def prepare(self, corpus: Corpus) -> None:
+    @classmethod
+    def of(cls, sizes: "Sizes") -> "Learner":
+        """A new one of these sizes; most have the reference world's alone."""
+        return cls()
+
+    @classmethod
+    def like(cls, folder: Path) -> "Learner":
+        """A new one of the sizes of the model in a folder."""
+        return cls()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def prepare(self, corpus: Learnable) -> None:
         """What it has to know of a corpus before it learns from it."""
 
     def follow(self, step: int) -> None:
@@ -93,6 +112,27 @@ class JointLearner(Learner):
     def classify(self, hidden: Hidden) -> Tensor:
         """Logits of each unit's class (sample, unit, class)."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a model is: entries of the vocabulary, most tokens of a text, sides of image and patch, and so on.
+
+    Each encoder has `heads` and `width` channels; an image's has `layers`, a text's `text_layers`.
+    """
+
+    vocabulary: int = len(VOCABULARY)
+    length: int = LENGTH
+    side: int = SIDE
+    patch: int = PATCH
+    width: int = _WIDTH
+    heads: int = _HEADS
+    layers: int = _LAYERS
+    text_layers: int = 2
+
+
+WORLD = Sizes()
+"""The sizes of the models that attnscope carries."""
 
 
 class Retriever(Protocol):
@@ -133,13 +173,13 @@ def smooth_positions(grid: int, width: int, scale: float = 0.4) -> Tensor:
 class UnitClassifier(nn.Module):
     """Class logits of image units: an object's are the sum of its colour's and its shape's, the ground has its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = _WIDTH) -> None:
         super().__init__()
-        self.parts = nn.Linear(_WIDTH, len(COLOURS) + len(SHAPES) + 1)
+        self.parts = nn.Linear(width, len(COLOURS) + len(SHAPES) + 1)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., channel) to (..., class)."""
-        return self.parts(hidden) @ _class_parts().T
+        return self.parts(hidden) @ _class_parts().to(hidden.device).T
 
     def whole(self) -> nn.Linear:
         """The same as one linear layer."""
@@ -255,15 +295,25 @@ class Lxmert(JointLearner):
 class Text(JointLearner):
     """BERT that reads captions alone: what the words by themselves give away."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: transformers.BertConfig | None = None) -> None:
         super().__init__()
-        whole = transformers.BertForMaskedLM(text_config())
+        self.config = config or text_config()
+        whole = transformers.BertForMaskedLM(self.config)
         self.bert, self.cls = whole.bert, whole.cls
 
-    def see(self, corpus: Corpus, scenes: np.ndarray) -> Seen:
+    @classmethod
+    def of(cls, sizes: Sizes) -> "Text":
+        return cls(text_config(sizes))
+
+    @classmethod
+    def like(cls, folder: Path) -> "Text":
+        return cls(transformers.BertConfig.from_pretrained(folder))
+
+    def see(self, corpus: Learnable, scenes: np.ndarray) -> Seen:
         return Seen(torch.zeros(len(scenes), 0))
 
     def encode(self, words: Tensor, seen: Seen) -> Hidden:
+        words = words.to(self.device)
         out = self.bert(input_ids=words, attention_mask=(words != PAD).float())
         return Hidden(out.last_hidden_state, None, None)
 
@@ -274,24 +324,36 @@ class Text(JointLearner):
 class Clip(Learner):
     """CLIP with a class for each patch beside it."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: transformers.CLIPConfig | None = None) -> None:
         super().__init__()
-        whole = transformers.CLIPModel(clip_config())
+        self.config = config or clip_config()
+        vision = self.config.vision_config
+        whole = transformers.CLIPModel(self.config)
         self.text_model, self.vision_model = whole.text_model, whole.vision_model
         self.text_projection, self.visual_projection = whole.text_projection, whole.visual_projection
         self.logit_scale = whole.logit_scale
-        self.patch_classifier = UnitClassifier()
+        self.patch_classifier = UnitClassifier(vision.hidden_size)
         with torch.no_grad():
-            self.vision_model.embeddings.position_embedding.weight[1:] = smooth_positions(GRID, _WIDTH)
+            positions = smooth_positions(vision.image_size // vision.patch_size, vision.hidden_size)
+            self.vision_model.embeddings.position_embedding.weight[1:] = positions
 
-    def embed_images(self, corpus: Corpus, scenes: np.ndarray) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def of(cls, sizes: Sizes) -> "Clip":
+        return cls(clip_config(sizes))
+
+    @classmethod
+    def like(cls, folder: Path) -> "Clip":
+        return cls(transformers.CLIPConfig.from_pretrained(folder))
+
+    def embed_images(self, corpus: Learnable, scenes: np.ndarray) -> tuple[Tensor, Tensor]:
         """Unit vectors (sample, channel), and class logits of the patches (sample, patch, class)."""
-        out = self.vision_model(pixel_values=normalised(corpus.pixels[scenes]))
+        out = self.vision_model(pixel_values=normalised(corpus.pixels[scenes]).to(self.device))
         vectors = nn.functional.normalize(self.visual_projection(out.pooler_output), dim=-1)
         return vectors, self.patch_classifier(out.last_hidden_state[:, 1:])
 
     def embed_texts(self, words: Tensor) -> Tensor:
         """Unit vectors (text, channel)."""
+        words = words.to(self.device)
         out = self.text_model(input_ids=words, attention_mask=(words != PAD).long())
         return nn.functional.normalize(self.text_projection(out.pooler_output), dim=-1)
 
@@ -347,42 +409,42 @@ def lxmert_config() -> transformers.LxmertConfig:
     )
 
 
-def text_config() -> transformers.BertConfig:
+def text_config(sizes: Sizes = WORLD) -> transformers.BertConfig:
     return transformers.BertConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=_HEADS,
-        intermediate_size=4 * _WIDTH,
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.width,
+        num_hidden_layers=sizes.text_layers,
+        num_attention_heads=sizes.heads,
+        intermediate_size=4 * sizes.width,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        max_position_embeddings=LENGTH,
+        max_position_embeddings=sizes.length,
         pad_token_id=PAD,
         initializer_range=_INIT,
         architectures=["BertForMaskedLM"],
     )
 
 
-def clip_config() -> transformers.CLIPConfig:
-    shared = {"hidden_size": _WIDTH, "intermediate_size": 4 * _WIDTH, "num_attention_heads": _HEADS}
+def clip_config(sizes: Sizes = WORLD) -> transformers.CLIPConfig:
+    shared = {"hidden_size": sizes.width, "intermediate_size": 4 * sizes.width, "num_attention_heads": sizes.heads}
     return transformers.CLIPConfig(
         text_config={
             **shared,
-            "vocab_size": len(VOCABULARY),
-            "num_hidden_layers": 2,
-            "max_position_embeddings": LENGTH,
+            "vocab_size": sizes.vocabulary,
+            "num_hidden_layers": sizes.text_layers,
+            "max_position_embeddings": sizes.length,
             "pad_token_id": PAD,
             "bos_token_id": None,
             "eos_token_id": SEP,
-            "projection_dim": _WIDTH,
+            "projection_dim": sizes.width,
         },
         vision_config={
             **shared,
-            "num_hidden_layers": _LAYERS,
-            "image_size": SIDE,
-            "patch_size": PATCH,
-            "projection_dim": _WIDTH,
+            "num_hidden_layers": sizes.layers,
+            "image_size": sizes.side,
+            "patch_size": sizes.patch,
+            "projection_dim": sizes.width,
         },
-        projection_dim=_WIDTH,
+        projection_dim=sizes.width,
         architectures=["CLIPModel"],
     )

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from attnscope.reference.captions import QUESTIONS
-from attnscope.reference.corpus import CLASSES, CLS, GROUND, MASK, NEGATIVES, ROLES, SEP, Corpus
-from attnscope.reference.learners import Clip, Hidden, JointLearner
+from attnscope.reference.corpus import CLASSES, CLS, GROUND, MASK, NEGATIVES, ROLES, SEP, SPECIAL, Corpus
+from attnscope.reference.learners import Clip, Hidden, JointLearner, Text
+from attnscope.reference.pairs import Learnable, Pairs
 from attnscope.reference.scenes import Generator
 
 # How many scenes of a batch are asked what.
@@ -24,7 +25,15 @@ _ROLE_WEIGHTS = dict(zip(ROLES, (0.0, 1.0, 1.0, 0.5, 1.5, 1.0, 0.5), strict=True
 _NEGATIVE_WEIGHTS = dict(zip((*NEGATIVES, "other"), (0.4, 0.2, 0.2, 0.1, 0.1), strict=True))
 _QUESTION_WEIGHTS = dict(zip(QUESTIONS, (0.25, 0.25, 0.25, 0.1, 0.075, 0.075), strict=True))
 _UNIT_WEIGHT, _GROUND_WEIGHT = 0.5, 0.05
-_CONTRAST, _CONTRAST_NEGATIVES = 128, 64
+_CONTRAST = 128
+_WORD_SHARE, _MASKED, _OTHER_WORD = 0.15, 0.8, 0.1
+
+WORLD_LOSSES = {
+    "units": "the class of each patch",
+    "hidden_units": "the class of each patch",
+    "answers": "questions with answers",
+}
+"""Losses that need what the generated world alone tells, and what that is."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,20 @@ def mask_in_phrases(texts: Texts, rng: Generator) -> Asked:
     return Asked(np.where(masked, MASK, words), np.where(masked, words, -100))
 
 
+def mask_words_at_random(words: np.ndarray, classes: int, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Texts (sample, token) as shown, and where words are asked for (sample, token) bool; one of each text at least.
+
+    Of the chosen 15 % four fifths are masked, a tenth is another word, a tenth stays (Devlin et al., NAACL 2019).
+    """
+    plain = words >= len(SPECIAL)
+    keys = np.where(plain, rng.random(words.shape), 2.0)
+    asked = (keys < _WORD_SHARE) | ((keys == keys.min(1, keepdims=True)) & plain)
+    fate = rng.random(words.shape)
+    others = rng.integers(len(SPECIAL), classes, words.shape)
+    shown = np.where(fate < _MASKED, MASK, np.where(fate < _MASKED + _OTHER_WORD, others, words))
+    return np.where(asked, shown, words), asked
+
+
 def _strongest(weights: np.ndarray, counts: np.ndarray, rng: Generator) -> np.ndarray:
     """As many positions of each row as `counts` says, drawn without replacement by weight: (row, token) bool."""
     with np.errstate(divide="ignore"):
@@ -124,20 +147,31 @@ def wrong_captions(corpus: Corpus, scenes: np.ndarray, rng: Generator) -> np.nda
     return np.where((kinds == len(NEGATIVES))[:, None], others, changed).astype(np.int64)
 
 
-def draw_scenes(corpus: Corpus, count: int, rng: Generator, hard_share: float) -> np.ndarray:
-    """Numbers of scenes that are all hard or all normal, so that the texts of a batch are of like length."""
+def draw_scenes(corpus: Learnable, count: int, rng: Generator, hard_share: float) -> np.ndarray:
+    """Numbers of scenes that are all hard or all normal, so that the texts of a batch are of like length.
+
+    No pair comes twice in a batch; generated scenes may.
+    """
+    if isinstance(corpus, Pairs):
+        return rng.choice(len(corpus), count, replace=False)
     hard = rng.random() < hard_share
     kind = np.flatnonzero(corpus.hard == hard)
     return kind[rng.integers(0, len(kind), count)] if len(kind) else rng.integers(0, len(corpus), count)
 
 
 def word_losses(
-    learner: JointLearner, corpus: Corpus, rng: Generator, hard_share: float = HARD_SHARE
+    learner: Text, corpus: Learnable, rng: Generator, hard_share: float = HARD_SHARE, batch: int = 2 * _WORDS
 ) -> dict[str, Tensor]:
     """Masked words alone, for a model that sees no image."""
-    scenes = draw_scenes(corpus, 2 * _WORDS, rng, hard_share)
-    asked = mask_words(Texts.of(corpus, scenes), rng)
-    hidden = learner.encode(trimmed(asked.shown), learner.see(corpus, scenes))
+    scenes = draw_scenes(corpus, batch, rng, hard_share)
+    if isinstance(corpus, Corpus):
+        asked = mask_words(Texts.of(corpus, scenes), rng)
+    else:
+        words = corpus.words[scenes].astype(np.int64)
+        shown, at = mask_words_at_random(words, learner.config.vocab_size, rng)
+        asked = Asked(shown, np.where(at, words, -100))
+    own = learner.share.part
+    hidden = learner.encode(trimmed(own(asked.shown)), learner.see(corpus, own(scenes)))
     return {"words": _word_loss(learner, hidden, asked)}
 
 
@@ -203,20 +237,31 @@ def match_texts(corpus: Corpus, scenes: np.ndarray, rng: Generator) -> tuple[np.
 
 
 def contrastive_losses(
-    learner: Clip, corpus: Corpus, rng: Generator, hard_share: float = HARD_SHARE
+    learner: Clip, corpus: Learnable, rng: Generator, hard_share: float = HARD_SHARE, batch: int = _CONTRAST
 ) -> dict[str, Tensor]:
-    """Each image against all captions and wrong captions of the batch, each caption against all images."""
-    scenes = draw_scenes(corpus, _CONTRAST, rng, hard_share)
-    wrong = wrong_captions(corpus, scenes[:_CONTRAST_NEGATIVES], rng)
-    images, unit_logits = learner.embed_images(corpus, scenes)
-    texts = learner.embed_texts(trimmed(np.concatenate([corpus.words[scenes], wrong])))
-    logits = learner.logit_scale.exp() * images @ texts.T
-    truth = torch.arange(_CONTRAST)
-    return {
-        "images": nn.functional.cross_entropy(logits, truth) / 2,
-        "texts": nn.functional.cross_entropy(logits[:, :_CONTRAST].T, truth) / 2,
-        "units": patch_loss(unit_logits, corpus, scenes),
-    }
+    """Each image against all captions and wrong captions of the batch, each caption against all images.
+
+    Of several processes each embeds its share, and contrasts all of the batch. Wrong captions, half as many as scenes,
+    are known of generated scenes alone.
+    """
+    scenes = draw_scenes(corpus, batch, rng, hard_share)
+    wrong = wrong_captions(corpus, scenes[: batch // 2], rng) if isinstance(corpus, Corpus) else corpus.words[:0]
+    share, own = learner.share, learner.share.part(scenes)
+    images, unit_logits = learner.embed_images(corpus, own)
+    texts = learner.embed_texts(trimmed(np.concatenate([corpus.words[own], share.part(wrong)])))
+    # The logits are large, and in bfloat16 no finer than a sixteenth.
+    with torch.autocast(images.device.type, enabled=False):
+        images, texts = images.float(), texts.float()
+        captions = torch.cat([share.gather(texts[: len(own)]), share.gather(texts[len(own) :])])
+        logits = learner.logit_scale.exp() * share.gather(images) @ captions.T
+        truth = torch.arange(batch, device=logits.device)
+        losses = {
+            "images": nn.functional.cross_entropy(logits, truth) / 2,
+            "texts": nn.functional.cross_entropy(logits[:, :batch].T, truth) / 2,
+        }
+        if isinstance(corpus, Corpus):
+            losses["units"] = patch_loss(share.gather(unit_logits.float()), corpus, scenes)
+    return losses
 
 
 def units_of(learner: JointLearner, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
@@ -244,9 +289,12 @@ def _question_kinds(corpus: Corpus, scenes: np.ndarray, rng: Generator) -> np.nd
 
 
 def _word_loss(learner: JointLearner, hidden: Hidden, asked: Asked) -> Tensor:
-    logits = learner.words(hidden)[: len(asked.wanted)]
-    wanted = torch.from_numpy(asked.wanted[:, : logits.shape[1]])
-    return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+    """The mean over all words that are asked for, or this process' share of it."""
+    wanted = learner.share.part(asked.wanted)
+    logits = learner.words(hidden)[: len(wanted)].float()
+    truth = torch.from_numpy(wanted[:, : logits.shape[1]]).to(logits.device)
+    total = nn.functional.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="sum")
+    return learner.share.mean(total, int((asked.wanted >= 0).sum()))
 
 
 def patch_loss(logits: Tensor, corpus: Corpus, scenes: np.ndarray) -> Tensor:
@@ -256,7 +304,7 @@ def patch_loss(logits: Tensor, corpus: Corpus, scenes: np.ndarray) -> Tensor:
 
 
 def _unit_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    weights = torch.ones(len(CLASSES))
+    weights = torch.ones(len(CLASSES), device=logits.device)
     weights[GROUND] = _GROUND_WEIGHT
     return nn.functional.cross_entropy(logits, truth, weights)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from pydantic import JsonValue
 from torch import nn
 
 from attnscope.reference.cards import card_page
-from attnscope.reference.corpus import Corpus, build_corpus
+from attnscope.reference.checking import ReferenceError, batch_of, check_values
+from attnscope.reference.corpus import VOCABULARY, Corpus, build_corpus
 from attnscope.reference.examining import (
     Figure,
     Items,
@@ -25,10 +26,25 @@ from attnscope.reference.examining import (
     hide_thing,
 )
 from attnscope.reference.learners import JointLearner, Seen
+from attnscope.reference.lessons import WORLD_LOSSES
+from attnscope.reference.pairs import RECORD, SPLITS, Prepared, left_out
+from attnscope.reference.pairs import prepare as prepare_pairs
 from attnscope.reference.scenes import WORLD_VERSION
 from attnscope.reference.simla_examining import examine_grounding, examine_ranking, examine_reconstruction
-from attnscope.reference.training import LESSONS, RECIPES, Listener, Recipe, Training
+from attnscope.reference.spreading import train_spread
+from attnscope.reference.training import (
+    LESSONS,
+    RECIPES,
+    Listener,
+    Recipe,
+    Training,
+    TrainingProgress,
+    data_folder,
+    prepare_samples,
+    untold_losses,
+)
 from attnscope.reference.weights import read_learner, weights_digest, write_json, write_model
+from attnscope.samples import SampleError
 
 Figures = dict[str, Figure]
 Receipt = dict[str, JsonValue]
@@ -36,17 +52,13 @@ _EXAMINED = 512
 _CHECKPOINTS = "training"
 
 
-class ReferenceError(ValueError):
-    """A model that can't be made; the message is one sentence."""
-
-
 def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
-    """The recipe of a model, with some of its fields changed.
+    """The recipe of a model, with some of its fields changed; goals of generated scenes are none for samples.
 
     Raises
     ------
     ReferenceError
-        When there is no such model, or its recipe has no such field or loss, or no loss is left.
+        When there is no such model, its recipe has no such field or loss, no loss is left, or a value can't be.
     """
     if name not in RECIPES:
         raise ReferenceError(f"unknown reference model {name!r}; known: {', '.join(RECIPES)}")
@@ -54,35 +66,109 @@ def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
     if unknown := sorted(set(changes or ()) - known):
         raise ReferenceError(f"a recipe has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
     recipe = dataclasses.replace(RECIPES[name], **(changes or {}))  # type: ignore[arg-type]
+    check_values(recipe)
+    if recipe.samples and "goals" not in (changes or {}):
+        recipe = dataclasses.replace(recipe, goals={})
     if unknown := sorted(set(recipe.without) - set(LESSONS[name].names)):
         raise ReferenceError(f"{name} has no loss {unknown[0]!r}; its losses are {', '.join(LESSONS[name].names)}")
-    if set(recipe.without) == set(LESSONS[name].names):
-        raise ReferenceError(f"{name} has no loss left to learn from; leave out fewer of {', '.join(recipe.without)}")
+    if set(LESSONS[name].names) <= set(recipe.without) | untold_losses(recipe):
+        raise ReferenceError(f"{name} has no loss left to learn from; its losses are {', '.join(LESSONS[name].names)}")
     # As JSON gives it, it is a list.
     return dataclasses.replace(recipe, without=tuple(recipe.without))
 
 
 def train(recipe: Recipe, seed: int, out: str, listener: Listener | None = None) -> Receipt:
-    """Train into a folder, or finish what was begun there with the same recipe and seed."""
-    training = Training(recipe, seed, Path(out) / _CHECKPOINTS, listener)
+    """Train into a folder, or finish what was begun there with the same recipe and seed.
+
+    Samples are prepared into `OUT/data` first, unless they are prepared already. The receipt's `notes` are sentences
+    about what was left out.
+
+    Raises
+    ------
+    SampleError
+        When the samples can't be learned from.
+    ReferenceError
+        When the folder holds a training of other samples, another recipe or seed, and samples are learned from.
+    """
+    folder = Path(out) / _CHECKPOINTS
+    notes = _prepare(recipe, folder, listener)
+    training = Training(recipe if recipe.processes == 1 else _on_processor(recipe), seed, folder, listener)
     resumed = training.resume()
+    if recipe.samples and not resumed and training.begun:
+        raise ReferenceError(f"{out!r} holds a training of another recipe, seed or data; name another folder")
+    if recipe.processes > 1 and not training.done:
+        train_spread(recipe, seed, folder, listener)
+        training.resume()
     training.advance()
-    write_model(recipe.model, training.learner, Path(out))
-    return {"model": recipe.model, "steps": training.step, "seconds": round(training.seconds), "resumed": resumed}
+    words = VOCABULARY if training.prepared is None else training.prepared.vocabulary
+    learner = training.learner.cpu()
+    write_model(recipe.model, learner, Path(out), vocabulary=words, units="units" not in untold_losses(recipe))
+    receipt: Receipt = {"model": recipe.model, "steps": training.step, "seconds": round(training.seconds)}
+    return {**receipt, "resumed": resumed, "notes": [*notes]}
+
+
+def _on_processor(recipe: Recipe) -> Recipe:
+    """The same in one process on the processor, for reading what was trained."""
+    return dataclasses.replace(recipe, processes=1, device="cpu")
+
+
+def prepare(recipe: Recipe, out: str, listener: Listener | None = None) -> Receipt:
+    """Prepare the samples of a recipe into a folder, which other recipes of the same shape can name as their samples.
+
+    Raises
+    ------
+    SampleError
+        When the samples can't be learned from.
+    """
+    prepared = prepare_pairs(recipe.samples, Path(out), recipe.shape, _teller(recipe, listener))
+    return {"folder": out, "samples": prepared.count, "digest": prepared.digest, "notes": [*_notes(recipe, prepared)]}
+
+
+def _prepare(recipe: Recipe, folder: Path, listener: Listener | None) -> list[str]:
+    """Prepare the samples of a recipe where it has some, and say what was left out."""
+    if not recipe.samples:
+        return []
+    prepared = prepare_samples(recipe, folder, _teller(recipe, listener))
+    usable, batch = len(prepared.split("train")), batch_of(recipe)
+    if usable < batch:
+        raise SampleError(f"samples {recipe.samples!r} leave {usable} to learn from, fewer than a batch of {batch}")
+    return [*_notes(recipe, prepared)]
+
+
+def _teller(recipe: Recipe, listener: Listener | None) -> Callable[[int], None]:
+    def tell(seen: int) -> None:
+        if listener is not None:
+            listener(TrainingProgress(recipe.model, f"preparing samples ({seen:,} read)", 0, recipe.steps, 0.0))
+
+    return tell
+
+
+def _notes(recipe: Recipe, prepared: Prepared) -> Iterator[str]:
+    """Sentences about what samples don't give."""
+    if prepared.left_out:
+        name, problem = next(left_out(prepared))
+        yield (
+            f"{prepared.left_out:,} of {prepared.count + prepared.left_out:,} samples were left out, first {name!r}:"
+            f" {problem}; all are named in {prepared.left_out_at}"
+        )
+    if prepared.cut:
+        yield f"{prepared.cut:,} texts were cut to {recipe.length} tokens"
+    if untold := sorted(untold_losses(recipe)):
+        needed = ", ".join(f"{name} (it needs {WORLD_LOSSES[name]})" for name in untold)
+        yield f"without the loss of {needed}, which samples don't tell"
 
 
 def examine(recipe: Recipe, seed: int, out: str, scenes: int = _EXAMINED) -> Receipt:
-    """Examine the model in a folder on scenes that it never saw, and write its card."""
+    """Examine the model in a folder on scenes or samples that it never saw, and write its card.
+
+    `scenes` are how many of each split of the generated world; of samples, all that are held out as 'test' are taken.
+    """
     folder = Path(out)
-    training = Training(recipe, seed, folder / _CHECKPOINTS)
-    if not (training.resume() and training.done):
-        raise ReferenceError(f"{out!r} holds no finished training of this recipe and seed; run the training first")
+    training = _finished(recipe, seed, folder)
     learner = read_learner(recipe.model, folder)
     figures = {
-        split: {
-            name: dataclasses.asdict(figure) for name, figure in model_figures(recipe.model, learner, corpus).items()
-        }
-        for split, corpus in ((split, build_corpus(split, range(scenes))) for split in ("test", "hard"))
+        split: {name: dataclasses.asdict(figure) for name, figure in found.items()}
+        for split, found in _figures_by_split(recipe, training, learner, scenes).items()
     }
     card = {
         "model": recipe.model,
@@ -105,9 +191,48 @@ def examine(recipe: Recipe, seed: int, out: str, scenes: int = _EXAMINED) -> Rec
         "licence": "Apache-2.0",
         "digest": weights_digest(folder),
     }
+    if training.prepared is not None:
+        card |= _of_samples(training.prepared)
     write_json(folder / "card.json", card)
     (folder / "README.md").write_text(card_page(card), encoding="utf-8")
     return {"model": recipe.model, "card": str(folder / "README.md"), "digest": weights_digest(folder)}
+
+
+def _finished(recipe: Recipe, seed: int, folder: Path) -> Training:
+    there = not recipe.samples or (data_folder(recipe, folder / _CHECKPOINTS) / RECORD).is_file()
+    training = Training(_on_processor(recipe), seed, folder / _CHECKPOINTS) if there else None
+    if training is None or not (training.resume() and training.done):
+        raise ReferenceError(f"{str(folder)!r} holds no finished training of this recipe and seed; train first")
+    return training
+
+
+def _figures_by_split(recipe: Recipe, training: Training, learner: nn.Module, scenes: int) -> dict[str, Figures]:
+    examine_pairs = LESSONS[recipe.model].examine_pairs
+    if training.prepared is not None and examine_pairs is not None:
+        found = examine_pairs(learner, training.prepared.split("test"))
+        return {"test": {name: items.figure() for name, items in found.items()}}
+    return {
+        split: model_figures(recipe.model, learner, build_corpus(split, range(scenes))) for split in ("test", "hard")
+    }
+
+
+def _of_samples(prepared: Prepared) -> dict[str, object]:
+    """What a card says of samples in the place of the generated world."""
+    sizes = {split: len(prepared.split(split)) for split in SPLITS}
+    return {
+        "world_version": None,
+        "samples": {
+            "source": prepared.source,
+            "digest": prepared.digest,
+            "left_out": prepared.left_out,
+            "cut_texts": prepared.cut,
+            "vocabulary": len(prepared.vocabulary),
+            **sizes,
+        },
+        "examined_scenes": sizes["test"],
+        "interval": "95 % bootstrap over samples",
+        "licence": "",
+    }
 
 
 def model_figures(name: str, learner: nn.Module, corpus: Corpus) -> Figures:

@@ -131,7 +131,7 @@ class Simla(Streams, JointLearner):
         for name in ("image_queue", "text_queue"):
             self.register_buffer(name, nn.functional.normalize(torch.randn(QUEUE, WIDTH), dim=-1))
 
-    def prepare(self, corpus: Corpus) -> None:
+    def prepare(self, corpus: Learnable) -> None:
         """Fit the codes of patches to the first scenes."""
         with torch.no_grad():
             self.codes.copy_(fit_codes(corpus.pixels[:_FITTED_SCENES]))

@@ -1,5 +1,6 @@
 """From a recipe and a seed to trained weights: the same to the bit each time, whether or not it was cut short."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -8,22 +9,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import JsonValue
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from attnscope.reference import simla_lessons
-from attnscope.reference.corpus import Corpus, build_corpus
+from attnscope.reference.corpus import VOCABULARY, Corpus, build_corpus
 from attnscope.reference.examining import (
+    Items,
     examine_answers,
     examine_matching,
     examine_retrieval,
     examine_words,
 )
 from attnscope.reference.kinds import LEARNERS
-from attnscope.reference.learners import JointLearner, Retriever
-from attnscope.reference.lessons import HARD_SHARE, contrastive_losses, joint_losses, word_losses
-from attnscope.reference.scenes import WORLD_VERSION
+from attnscope.reference.learners import WORLD, JointLearner, Retriever, Sizes
+from attnscope.reference.lessons import HARD_SHARE, WORLD_LOSSES, contrastive_losses, joint_losses, word_losses
+from attnscope.reference.pair_examining import examine_pair_retrieval, examine_pair_words
+from attnscope.reference.pairs import RECORD, Learnable, Prepared, Shape, open_prepared, prepare
+from attnscope.reference.scenes import WORLD_VERSION, Generator
+from attnscope.reference.sharing import ALONE, Share
 from attnscope.reference.simla import Simla
 
 
@@ -34,6 +40,12 @@ class Recipe:
     Hard scenes are asked about from step `hard_from`. The rate rises over `warm_up` steps to its peak and stays there
     until the validation figures reach all `goals`, or for `steps` at most; then it falls to zero over `decay` steps.
     `without` names losses that are left out.
+
+    `samples` is what it learns from in the place of generated scenes: a source that `attnscope.samples` reads, or a
+    folder of prepared pairs; `validation_scenes` of them each are held out for goals and for the card. `tokenizer` and
+    `vocabulary` say what is made of their texts (see `Shape`). From `side` on: sizes (see `Sizes`). `batch` is how many
+    scenes or pairs a step takes, 0 for the lesson's own number. `dtype` is what most of a step is computed in; weights
+    stay float32. `processes` share each batch, on `device` (cpu or cuda).
     """
 
     model: str
@@ -49,6 +61,42 @@ class Recipe:
     validation_scenes: int = 256
     goals: Mapping[str, float] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    # What came later is told where it isn't the model's own: a training that was begun before still goes on.
+    samples: str = field(default="", repr=False)
+    tokenizer: str = field(default="words", repr=False)
+    vocabulary: int = field(default=8000, repr=False)
+    side: int = field(default=WORLD.side, repr=False)
+    patch: int = field(default=WORLD.patch, repr=False)
+    width: int = field(default=WORLD.width, repr=False)
+    heads: int = field(default=WORLD.heads, repr=False)
+    layers: int = field(default=WORLD.layers, repr=False)
+    text_layers: int = field(default=WORLD.text_layers, repr=False)
+    length: int = field(default=WORLD.length, repr=False)
+    batch: int = field(default=0, repr=False)
+    dtype: str = field(default="float32", repr=False)
+    device: str = field(default="cpu", repr=False)
+    processes: int = field(default=1, repr=False)
+
+    def __repr__(self) -> str:
+        own = RECIPES[self.model]
+        shown = (f for f in dataclasses.fields(self) if f.repr or getattr(self, f.name) != getattr(own, f.name))
+        return f"Recipe({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
+    @property
+    def key(self) -> str:
+        """What a checkpoint is of: everything but where and over how many processes it was computed."""
+        return repr(dataclasses.replace(self, device="cpu", processes=1))
+
+    @property
+    def shape(self) -> Shape:
+        """How its samples are prepared."""
+        side = self.side if LESSONS[self.model].images else 0
+        return Shape(side, self.length, self.tokenizer, self.vocabulary, self.validation_scenes)
+
+    def sizes(self, prepared: Prepared | None) -> Sizes:
+        """The sizes of its model."""
+        words = len(VOCABULARY if prepared is None else prepared.vocabulary)
+        return Sizes(words, *(getattr(self, f.name) for f in dataclasses.fields(Sizes)[1:]))
 
 
 _JOINT_GOALS = {"words_colour": 0.98, "words_shape": 0.97, "matching_balanced": 0.91, "answers_attributes": 0.96}
@@ -89,27 +137,42 @@ class _State:
 
 
 class Training:
-    """One training: call `advance` until it is `done`."""
+    """One training: call `advance` until it is `done`.
 
-    def __init__(self, recipe: Recipe, seed: int, folder: Path, listener: Listener | None = None) -> None:
+    Samples, where the recipe has some, were prepared into `data_folder(folder)` before. Each of several processes has
+    a training of its own with its share; the first one examines and writes.
+    """
+
+    def __init__(
+        self, recipe: Recipe, seed: int, folder: Path, listener: Listener | None = None, share: Share = ALONE
+    ) -> None:
         torch.set_num_threads(1)
         self.recipe, self.seed, self.folder = recipe, seed, folder
         self._tell = listener or (lambda progress: None)
+        self._share = share
+        self.prepared = open_prepared(data_folder(recipe, folder)) if recipe.samples else None
         torch.manual_seed(seed)
-        self.learner = LEARNERS[recipe.model]()
-        self.learner.without = frozenset(recipe.without)
+        self.learner = LEARNERS[recipe.model].of(recipe.sizes(self.prepared))
+        self.learner.without = frozenset(recipe.without) | untold_losses(recipe)
+        self.learner.share = share
+        self.learner.to(device_of(recipe, share.number))
         matrices = [p for p in self.learner.parameters() if p.ndim >= 2]
         rest = [p for p in self.learner.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6)
         self._state = _State()
-        self._corpus: Corpus | None = None
-        self._validation: Corpus | None = None
+        self._corpus: Learnable | None = None
+        self._validation: Learnable | None = None
 
     @property
     def done(self) -> bool:
         """Whether the last step is behind it."""
         return self._state.step >= self._last_step
+
+    @property
+    def begun(self) -> bool:
+        """Whether its folder has a checkpoint, of this training or another one."""
+        return self._checkpoint.is_file()
 
     @property
     def step(self) -> int:
@@ -137,9 +200,8 @@ class Training:
         last = self._last_step if steps is None else self._state.step + steps
         if self._corpus is None:
             started = time.process_time()
-            self._report("drawing scenes")
-            self._corpus = build_corpus("train", range(self.recipe.scenes))
-            self._validation = build_corpus("validation", range(self.recipe.validation_scenes))
+            self._report("drawing scenes" if self.prepared is None else "opening samples")
+            self._corpus, self._validation = self.corpus("train"), self.corpus("validation")
             if not self._state.step:
                 self.learner.prepare(self._corpus)
             self._state.seconds += time.process_time() - started
@@ -149,13 +211,23 @@ class Training:
             losses.append(self._one_step())
             self._state.step += 1
             if self._state.step % self.recipe.examine_every == 0 or self.done:
-                self._examine()
-                self._state.seconds += time.process_time() - started
-                self.save()
-                self._report("training", {k: float(np.mean([one[k] for one in losses])) for k in losses[0]})
+                if self._share.number == 0:
+                    self._examine()
+                    self._state.seconds += time.process_time() - started
+                    self.save()
+                self._state.decay_from = self._share.agree(self._state.decay_from)
+                means = torch.tensor([[*one.values()] for one in losses], device=self.learner.device).mean(0)
+                self._share.average([means])
+                self._report("training", dict(zip(losses[0], means.tolist(), strict=True)))
                 losses.clear()
             else:
                 self._state.seconds += time.process_time() - started
+
+    def corpus(self, split: str) -> Learnable:
+        """What it learns from ('train') or is examined on ('validation')."""
+        if self.prepared is not None:
+            return self.prepared.split(split)
+        return build_corpus(split, range(self.recipe.scenes if split == "train" else self.recipe.validation_scenes))
 
     def _one_step(self) -> dict[str, float]:
         state, recipe = self._state, self.recipe
@@ -168,23 +240,41 @@ class Training:
             group["lr"] = rate
         rng = np.random.Generator(np.random.PCG64([WORLD_VERSION, self.seed, state.step]))
         share = HARD_SHARE if state.step >= recipe.hard_from else 0.0
-        losses = LESSONS[recipe.model].losses(self.learner, self._corpus, rng, share)
-        losses = {name: loss for name, loss in losses.items() if name not in self.learner.without}
+        losses = self._losses(rng, share)
         self._optimizer.zero_grad()
-        sum(losses.values(), torch.zeros(())).backward()
+        sum(losses.values(), torch.zeros((), device=self.learner.device)).backward()
+        self._share.average([p.grad for p in self.learner.parameters() if p.grad is not None])
         nn.utils.clip_grad_norm_(self.learner.parameters(), recipe.clip)
         self._optimizer.step()
         self.learner.follow(state.step + 1)
         return {name: loss.item() for name, loss in losses.items()}
 
+    def _losses(self, rng: Generator, hard_share: float) -> dict[str, Tensor]:
+        recipe, learner = self.recipe, self.learner
+        batch = {"batch": recipe.batch} if recipe.batch else {}
+        with torch.autocast(learner.device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
+            losses = LESSONS[recipe.model].losses(learner, self._corpus, rng, hard_share, **batch)
+        return {name: loss for name, loss in losses.items() if name not in learner.without}
+
     def _examine(self) -> None:
         assert self._validation is not None
         self.learner.eval()
-        self._state.figures = LESSONS[self.recipe.model].figures(self.learner, self._validation)
+        self._state.figures = self._figures(self._validation)
         self.learner.train()
         reached = all(self._state.figures[name] >= goal for name, goal in self.recipe.goals.items())
         if self.recipe.goals and reached and self._state.decay_from is None:
             self._state.decay_from = self._state.step
+
+    def _figures(self, corpus: Learnable) -> dict[str, float]:
+        lessons = LESSONS[self.recipe.model]
+        if self.prepared is not None and lessons.examine_pairs is not None:
+            found = lessons.examine_pairs(self.learner, corpus)
+            return {name: float(items.values.mean()) for name, items in found.items()}
+        # Generated scenes are examined on the processor.
+        device = self.learner.device
+        figures = lessons.figures(self.learner.cpu(), corpus)
+        self.learner.to(device)
+        return figures
 
     def _report(self, stage: str, losses: Mapping[str, float] | None = None) -> None:
         state = self._state
@@ -207,9 +297,15 @@ class Training:
         tensors |= {f"kept/{name}": value for name, value in self._kept()}
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self._checkpoint.with_suffix(".unfinished")
-        state = vars(self._state) | {"recipe": repr(self.recipe), "seed": self.seed}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, unfinished, {"state": json.dumps(state)})
+        state = vars(self._state) | self._key
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, unfinished, {"state": json.dumps(state)})
         unfinished.replace(self._checkpoint)
+
+    @property
+    def _key(self) -> dict[str, JsonValue]:
+        """What a checkpoint must be of for this training to go on from it."""
+        data = {} if self.prepared is None else {"data": self.prepared.digest}
+        return {"recipe": self.recipe.key, "seed": self.seed, **data}
 
     def _kept(self) -> Iterator[tuple[str, Tensor]]:
         """What the learner keeps beside its parameters."""
@@ -219,11 +315,11 @@ class Training:
 
     def resume(self) -> bool:
         """Go on from the folder's checkpoint; False where it has none of this recipe and seed."""
-        if not self._checkpoint.is_file():
+        if not self.begun:
             return False
         with safe_open(self._checkpoint, "pt") as file:
             state = json.loads(file.metadata()["state"])
-            if (state.pop("recipe"), state.pop("seed")) != (repr(self.recipe), self.seed):
+            if {key: state.pop(key, None) for key in self._key} != self._key:
                 return False
             there = set(file.keys())
             with torch.no_grad():
@@ -231,11 +327,36 @@ class Training:
                     parameter.copy_(file.get_tensor(f"weights/{name}"))
                     # A parameter that no loss reaches has none.
                     keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in there]
-                    self._optimizer.state[parameter] = {key: file.get_tensor(f"{key}/{name}") for key in keys}
+                    state_of = {key: file.get_tensor(f"{key}/{name}") for key in keys}
+                    moved = {key: value.to(parameter.device) for key, value in state_of.items() if key != "step"}
+                    self._optimizer.state[parameter] = state_of | moved
                 for name, value in self._kept():
                     value.copy_(file.get_tensor(f"kept/{name}"))
         self._state = _State(**state)
         return True
+
+
+def data_folder(recipe: Recipe, folder: Path) -> Path:
+    """Where the samples of a training in a folder are prepared: beside it, unless the recipe names prepared ones."""
+    source = Path(recipe.samples)
+    return source if (source / RECORD).is_file() else folder.parent / "data"
+
+
+def prepare_samples(recipe: Recipe, folder: Path, tell: Callable[[int], None] | None = None) -> Prepared:
+    """Prepare the samples of a recipe for a training in a folder, or open what is prepared."""
+    place = data_folder(recipe, folder)
+    source = open_prepared(place).source if place == Path(recipe.samples) else recipe.samples
+    return prepare(source, place, recipe.shape, tell)
+
+
+def device_of(recipe: Recipe, number: int) -> torch.device:
+    """The device that the process of this number computes on."""
+    return torch.device(recipe.device, number) if recipe.device == "cuda" else torch.device(recipe.device)
+
+
+def untold_losses(recipe: Recipe) -> frozenset[str]:
+    """The losses that can't be asked for, because samples don't tell what they need."""
+    return frozenset(LESSONS[recipe.model].names) & WORLD_LOSSES.keys() if recipe.samples else frozenset()
 
 
 def _joint_figures(learner: JointLearner, corpus: Corpus) -> dict[str, float]:
@@ -262,18 +383,25 @@ def _simla_figures(learner: Simla, corpus: Corpus) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Lessons:
-    """How a kind of model is taught: the losses of one step with their names, and figures that goals are set for."""
+    """How a kind of model is taught: the losses of one step with their names, and figures that goals are set for.
+
+    With `examine_pairs`, which gives such figures of pairs, it learns from samples as well, at any size, in several
+    processes and on any device: its losses then take a `batch`, ask nothing but what `Learnable` has, and heed the
+    learner's `share` and `device`. `images` says whether it needs any.
+    """
 
     names: tuple[str, ...]
     losses: Callable[..., dict[str, Tensor]]
     figures: Callable[..., dict[str, float]]
+    examine_pairs: Callable[..., dict[str, Items]] | None = None
+    images: bool = True
 
 
 _JOINT = _Lessons(("words", "match", "answers", "hidden_units", "units"), joint_losses, _joint_figures)
 LESSONS = {
     "vilt": _JOINT,
     "lxmert": _JOINT,
-    "clip": _Lessons(("images", "texts", "units"), contrastive_losses, _retrieval_figures),
-    "text": _Lessons(("words",), word_losses, _word_figures),
+    "clip": _Lessons(("images", "texts", "units"), contrastive_losses, _retrieval_figures, examine_pair_retrieval),
+    "text": _Lessons(("words",), word_losses, _word_figures, examine_pair_words, images=False),
     "simla": _Lessons(simla_lessons.LOSSES, simla_lessons.simla_losses, _simla_figures),
 }

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from attnscope.reference.carrying import path
-from attnscope.reference.corpus import LENGTH, PATCH, SIDE, VOCABULARY
+from attnscope.reference.corpus import PATCH, SIDE, VOCABULARY
 from attnscope.reference.kinds import CONFIGS, LEARNERS
 from attnscope.reference.learners import UnitClassifier
+from attnscope.reference.pairs import tokenizer_of
 
 WEIGHTS = "model.safetensors"
 
@@ -20,28 +22,34 @@ _UNITS = "patch_classifier"
 _PIXELS = {"resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
-def write_model(name: str, learner: nn.Module, folder: Path) -> None:
-    """Write config, weights, tokenizer and processor of a learner."""
+def write_model(
+    name: str, learner: nn.Module, folder: Path, *, vocabulary: Sequence[str] = VOCABULARY, units: bool = True
+) -> None:
+    """Write config, weights, tokenizer and processor of a learner; the head for units' classes only if it has learned.
+
+    `vocabulary` are the words of its ids.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    CONFIGS[name]().save_pretrained(folder)
+    config = getattr(learner, "config", None) or CONFIGS[name]()
+    config.save_pretrained(folder)
     named = {n: p.detach().contiguous() for n, p in learner.named_parameters() if not n.startswith(_UNITS)}
-    if isinstance(units := getattr(learner, _UNITS, None), UnitClassifier):
-        named |= {f"{_UNITS}.{n}": p.detach() for n, p in units.whole().named_parameters()}
+    if units and isinstance(head := getattr(learner, _UNITS, None), UnitClassifier):
+        named |= {f"{_UNITS}.{n}": p.detach() for n, p in head.whole().named_parameters()}
     save_file(named, folder / WEIGHTS, {"format": "pt"})
     # Written for its owner alone, but carried for everybody.
     (folder / WEIGHTS).chmod(0o644)
-    _write_processor(name, folder)
+    _write_processor(name, folder, config, vocabulary)
 
 
-def _write_processor(name: str, folder: Path) -> None:
-    vocabulary = {word: number for number, word in enumerate(VOCABULARY)}
-    tokenizer = transformers.BertTokenizer(vocab=vocabulary, do_lower_case=True, model_max_length=LENGTH)
+def _write_processor(name: str, folder: Path, config: transformers.PreTrainedConfig, words: Sequence[str]) -> None:
+    text = getattr(config, "text_config", None) or config
+    tokenizer = tokenizer_of(words, text.max_position_embeddings)
     tokenizer.save_pretrained(folder)
     if name == "vilt":
         images = transformers.ViltImageProcessorPil(size={"shortest_edge": SIDE}, size_divisor=PATCH, **_PIXELS)
         transformers.ViltProcessor(images, tokenizer).save_pretrained(folder)
     elif name in ("clip", "simla"):
-        size = {"height": SIDE, "width": SIDE}
+        size = dict.fromkeys(("height", "width"), config.vision_config.image_size)
         images = transformers.CLIPImageProcessorPil(size=size, do_center_crop=False, **_PIXELS)
         transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder)
 
@@ -49,13 +57,15 @@ def _write_processor(name: str, folder: Path) -> None:
 def read_learner(name: str, folder: Path | None = None) -> nn.Module:
     """A learner with the weights of a folder, of the carried one unless named, in evaluation mode."""
     folder = folder or path(name)
-    learner = LEARNERS[name]()
+    learner = LEARNERS[name].like(folder)
     weights = load_file(folder / WEIGHTS)
-    if hasattr(learner, _UNITS):
+    if f"{_UNITS}.weight" in weights and hasattr(learner, _UNITS):
         setattr(learner, _UNITS, unit_classifier(name, folder))
     with torch.no_grad():
         for parameter_name, parameter in learner.named_parameters():
-            parameter.copy_(weights.pop(parameter_name))
+            # A head that has not learned is not in the folder.
+            if parameter_name in weights or not parameter_name.startswith(_UNITS):
+                parameter.copy_(weights.pop(parameter_name))
     if weights:
         raise ValueError(f"weights of {str(folder)!r} have parts that {name} lacks: {', '.join(weights)}")
     return learner.eval().requires_grad_(False)

@@ -1,0 +1,64 @@
+"""How well a learner does on pairs of a user's own that it never saw: retrieval, and masked words."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnscope.reference.examining import Items
+from attnscope.reference.learners import Clip, Text
+from attnscope.reference.lessons import mask_words_at_random, trimmed
+from attnscope.reference.pairs import Pairs
+
+_BATCH = 256
+_RANKS = (1, 5, 10)
+_MASK_SEED = 0
+
+
+@torch.no_grad()
+def examine_pair_retrieval(learner: Clip, pairs: Pairs) -> dict[str, Items]:
+    """Whether each image's own text is among the first 1, 5 and 10 of all texts, and each text's image likewise.
+
+    Of equal similarities the own counts as last, so that a model that tells nothing apart finds nothing.
+    """
+    images, texts = [], []
+    for at in _batches(len(pairs)):
+        images.append(learner.embed_images(pairs, at)[0].cpu())
+        texts.append(learner.embed_texts(trimmed(pairs.words[at])).cpu())
+    similarity = torch.cat(images) @ torch.cat(texts).T
+    numbers = np.arange(len(pairs))
+    return {
+        name if rank == 1 else f"{name}_{rank}": Items(found.numpy().astype(float), numbers)
+        for name, scores in (("image_to_text", similarity), ("text_to_image", similarity.T))
+        for rank in _RANKS
+        for found in [_place_of_own(scores) <= rank]
+    }
+
+
+def _place_of_own(scores: Tensor) -> Tensor:
+    """The place (row,) from 1 on of each row's own column among all."""
+    return (scores >= scores.diagonal()[:, None]).sum(1)
+
+
+@torch.no_grad()
+def examine_pair_words(learner: Text, pairs: Pairs) -> dict[str, Items]:
+    """Of each masked word, 15 % of all, whether it is found, and its surprise in bits."""
+    words = pairs.words[:].astype(np.int64)
+    rng = np.random.Generator(np.random.PCG64(_MASK_SEED))
+    shown, asked = mask_words_at_random(words, learner.config.vocab_size, rng)
+    found, bits, rows = [], [], []
+    for at in _batches(len(pairs)):
+        logits = learner.words(learner.encode(trimmed(shown[at]), learner.see(pairs, at))).cpu().double()
+        row, token = np.nonzero(asked[at][:, : logits.shape[1]])
+        truth = torch.from_numpy(words[at][row, token])
+        chosen = logits[row, token]
+        found.append((chosen.argmax(-1) == truth).double().numpy())
+        bits.append(-chosen.log_softmax(-1).gather(1, truth[:, None])[:, 0].numpy() / np.log(2))
+        rows.append(at[row])
+    where = np.concatenate(rows)
+    return {"words": Items(np.concatenate(found), where), "words_bits": Items(np.concatenate(bits), where)}
+
+
+def _batches(count: int) -> Iterator[np.ndarray]:
+    return iter(np.split(np.arange(count), range(_BATCH, count, _BATCH)))

@@ -1,0 +1,288 @@
+"""A user's own images and texts are learned from, in one process or several, and after a kill, as they should be."""
+
+import dataclasses
+import json
+import multiprocessing
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.numpy import load_file
+from torch import nn
+
+from attnscope.cli import main
+from attnscope.reference import making, spreading
+from attnscope.reference.learners import Clip
+from attnscope.reference.making import ReferenceError, recipe_of
+from attnscope.reference.pairs import open_prepared
+from attnscope.reference.spreading import ProcessDied
+from attnscope.reference.training import RECIPES, Recipe, Training, TrainingProgress
+from attnscope.reference.weights import read_learner, weights_digest
+from attnscope.samples import SampleError
+
+SIZES = {"side": 16, "patch": 8, "width": 16, "heads": 2, "layers": 1, "text_layers": 1, "length": 12}
+SHORT = SIZES | {"batch": 8, "steps": 4, "decay": 4, "examine_every": 3, "validation_scenes": 2}
+
+
+def recipe(model: str, photographs: Path, **changes: object) -> Recipe:
+    return recipe_of(model, SHORT | {"samples": str(photographs)} | changes)
+
+
+@pytest.mark.parametrize("model", ["clip", "text"])
+def test_a_model_of_samples_is_a_folder_that_transformers_reads(model: str, photographs: Path, tmp_path: Path) -> None:
+    import transformers
+
+    chosen = recipe(model, photographs)
+    receipt = making.train(chosen, 0, str(tmp_path / "out"))
+    examined = making.examine(chosen, 0, str(tmp_path / "out"))
+    assert receipt["steps"] == 8
+    kind = {"clip": transformers.CLIPModel, "text": transformers.BertForMaskedLM}[model]
+    read, report = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.model_max_length == 12
+    learner = read_learner(model, tmp_path / "out")
+    words = torch.tensor([tokenizer("A red photograph, number 0.")["input_ids"]])
+    if isinstance(learner, Clip):
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+        pixels = processor(Image.open(photographs / "p0.png"), return_tensors="pt")["pixel_values"]
+        out = read(input_ids=words, pixel_values=pixels)
+        pairs = open_prepared(tmp_path / "out" / "data").split("train")
+        torch.testing.assert_close(out.text_embeds, learner.embed_texts(words))
+        assert pixels.shape[-1] == pairs.pixels[:1].shape[1] == 16
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["samples"]["train"] == 20 and card["examined_scenes"] == 2
+    assert card["digest"] == examined["digest"]
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert f"on 20 samples of {photographs} (left out: 0" in page
+
+
+def test_training_on_samples_learns_what_they_show(photographs: Path, tmp_path: Path) -> None:
+    chosen = recipe("clip", photographs, steps=120, decay=40, peak_rate=5e-3, examine_every=40)
+    told: list[TrainingProgress] = []
+    making.train(chosen, 0, str(tmp_path), told.append)
+    losses = [p.losses["images"] * 2 for p in told if p.stage == "training"]
+    # Who tells nothing apart has log 8; who knows the colours alone has the mean log of how many of the eight share
+    # one, which is 1.0 to 1.1.
+    assert losses[-1] < 1.2 < 0.6 * np.log(8)
+
+
+def test_losses_that_samples_do_not_tell_are_left_out_and_named(photographs: Path, tmp_path: Path) -> None:
+    (photographs / "p3.png").write_bytes(b"no image")
+    notes = making.train(recipe("clip", photographs), 0, str(tmp_path / "out"))["notes"]
+    assert len(notes) == 2  # type: ignore[arg-type]
+    assert notes[0].startswith("1 of 24 samples were left out, first 'p3.png': image can't be decoded")  # type: ignore
+    assert notes[1] == "without the loss of units (it needs the class of each patch), which samples don't tell"  # type: ignore
+    assert "patch_classifier.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_a_training_on_samples_goes_on_to_the_same_weights(photographs: Path, tmp_path: Path) -> None:
+    chosen = recipe("clip", photographs)
+    making.train(chosen, 1, str(tmp_path / "whole"))
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "whole" / "data").rename(tmp_path / "cut" / "data")
+    cut = Training(chosen, 1, tmp_path / "cut" / "training")
+    cut.advance(5)
+    receipt = making.train(chosen, 1, str(tmp_path / "cut"))
+    assert receipt["resumed"] is True
+    assert weights_digest(tmp_path / "cut") == weights_digest(tmp_path / "whole")
+
+
+def test_another_training_in_the_folder_is_not_overwritten(photographs: Path, tmp_path: Path) -> None:
+    making.train(recipe("text", photographs), 0, str(tmp_path / "out"))
+    before = weights_digest(tmp_path / "out")
+    for other, seed in ((recipe("text", photographs, steps=5), 0), (recipe("text", photographs), 1)):
+        with pytest.raises(ReferenceError, match="holds a training of another recipe, seed or data"):
+            making.train(other, seed, str(tmp_path / "out"))
+    assert weights_digest(tmp_path / "out") == before
+
+
+def test_prepared_samples_serve_many_trainings(photographs: Path, tmp_path: Path) -> None:
+    chosen = recipe("clip", photographs)
+    making.prepare(chosen, str(tmp_path / "data"))
+    there = recipe("clip", tmp_path / "data")
+    making.train(there, 0, str(tmp_path / "a"))
+    making.train(chosen, 0, str(tmp_path / "b"))
+    assert weights_digest(tmp_path / "a") == weights_digest(tmp_path / "b")
+    assert not (tmp_path / "a" / "data").exists()
+    with pytest.raises(SampleError, match="prepared otherwise"):
+        making.train(recipe("clip", tmp_path / "data", length=8), 0, str(tmp_path / "c"))
+
+
+def test_most_of_a_bfloat16_step_is_in_bfloat16_and_weights_are_not(photographs: Path, tmp_path: Path) -> None:
+    gradients = {}
+    for dtype in ("float32", "bfloat16"):
+        chosen = recipe("clip", photographs, dtype=dtype, steps=0, decay=1)
+        kinds: set[torch.dtype] = set()
+
+        def note(module: nn.Module, inputs: object, output: torch.Tensor, kinds: set[torch.dtype] = kinds) -> None:
+            if module.training:
+                kinds.add(output.dtype)
+
+        making.prepare(chosen, str(tmp_path / dtype / "data"))
+        training = Training(chosen, 0, tmp_path / dtype / "training")
+        linear = next(m for m in training.learner.modules() if isinstance(m, nn.Linear))
+        linear.register_forward_hook(note)
+        training.advance(1)
+        assert kinds == {getattr(torch, dtype)}
+        assert {p.dtype for p in training.learner.parameters()} == {torch.float32}
+        gradients[dtype] = gradient_of(tmp_path / dtype)
+    assert not np.array_equal(gradients["bfloat16"], gradients["float32"])
+    # bfloat16 has eight bits; the whole gradient keeps its direction.
+    cosine = gradients["bfloat16"] @ gradients["float32"]
+    cosine /= np.linalg.norm(gradients["bfloat16"]) * np.linalg.norm(gradients["float32"])
+    assert cosine > 0.99
+
+
+def gradient_of(out: Path) -> np.ndarray:
+    """The first step's gradient, from the checkpoint's first moments."""
+    kept = load_file(out / "training" / "checkpoint.safetensors")
+    return np.concatenate([kept[name].ravel() for name in sorted(kept) if name.startswith("exp_avg/")]) / 0.1
+
+
+RANKS = """
+import sys, torch
+from pathlib import Path
+from attnscope.reference.making import recipe_of
+from attnscope.reference.sharing import Share
+from attnscope.reference.training import Training
+
+number, out = int(sys.argv[1]), Path(sys.argv[2])
+meeting = f"file://{out / 'meet'}"
+torch.distributed.init_process_group("gloo", init_method=meeting, rank=number, world_size=2)
+for place in sorted(out.glob("*-*")):
+    changes = __import__("json").loads((place / "changes.json").read_text())
+    Training(recipe_of(place.name.partition("-")[0], changes), 0, place / "training", None, Share(number, 2)).advance()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_one(photographs: Path, tmp_path: Path) -> None:
+    one_step = {"steps": 0, "decay": 1, "validation_scenes": 8, "batch": 16}
+    world = one_step | {"scenes": 40}
+    own = one_step | SIZES | {"samples": str(photographs), "validation_scenes": 2}
+    cases = {"clip-world": world, "text-world": world, "clip-own": own, "text-own": own}
+    for name, changes in cases.items():
+        model = name.partition("-")[0]
+        for folder in (tmp_path / "one" / name, tmp_path / "two" / name):
+            folder.mkdir(parents=True)
+            if "samples" in changes:
+                making.prepare(recipe_of(model, changes), str(folder / "data"))
+        Training(recipe_of(model, changes), 0, tmp_path / "one" / name / "training").advance()
+        (tmp_path / "two" / name / "changes.json").write_text(json.dumps(changes))
+    command = [sys.executable, "-c", RANKS]
+    ranks = [subprocess.Popen([*command, str(number), str(tmp_path / "two")]) for number in range(2)]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    for name in cases:
+        one, two = gradient_of(tmp_path / "one" / name), gradient_of(tmp_path / "two" / name)
+        np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-5 * np.abs(one).max(), err_msg=name)
+
+
+@pytest.mark.slow
+def test_several_processes_that_were_killed_go_on_to_the_same_weights(photographs: Path, tmp_path: Path) -> None:
+    chosen = recipe("clip", photographs, processes=2, steps=60)
+    making.prepare(chosen, str(tmp_path / "data"))
+    options = SHORT | {"steps": 60}
+    command = [sys.executable, "-m", "attnscope.cli", "reference", "train", "clip", "--engine", "inline"]
+    command += ["--samples", str(tmp_path / "data"), "--processes", "2", "--out", str(tmp_path / "cut")]
+    command += [f"--recipe={field}={value}" for field, value in options.items()]
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "cut" / "training" / "checkpoint.safetensors").is_file():
+        assert first.poll() is None
+        time.sleep(0.01)
+    others = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    # Those that it started end by themselves.
+    _, alive = psutil.wait_procs(others, timeout=60)
+    assert not alive
+
+    chosen = dataclasses.replace(chosen, samples=str(tmp_path / "data"))
+    receipt = making.train(chosen, 0, str(tmp_path / "cut"))
+    assert receipt["resumed"] is True
+    making.train(chosen, 0, str(tmp_path / "whole"))
+    assert weights_digest(tmp_path / "cut") == weights_digest(tmp_path / "whole")
+
+
+def test_one_process_that_is_killed_is_named_and_ends_the_others() -> None:
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe(duplex=False) for _ in range(2)]
+    targets = ((time.sleep, (600,)), (signal.raise_signal, (signal.SIGKILL,)))
+    with ExitStack() as ending:
+        started = [context.Process(target=target, args=arguments) for target, arguments in targets]
+        for process in started:
+            process.start()
+            ending.callback(process.kill)
+        # As when both pipes are the processes' own.
+        started[1].join()
+        pipes[1][1].close()
+        with pytest.raises(ProcessDied, match="process 1 of 2 ended with code -9; train again to go on"):
+            spreading._listen(started, [receiver for receiver, _ in pipes], None)
+
+
+def test_a_training_goes_on_over_another_number_of_processes(photographs: Path, tmp_path: Path) -> None:
+    chosen = recipe("text", photographs)
+    assert dataclasses.replace(chosen, processes=4, device="cuda").key == chosen.key
+    assert dataclasses.replace(chosen, dtype="bfloat16").key != chosen.key
+    # What was begun before recipes had these fields goes on.
+    assert RECIPES["text"].key == (
+        "Recipe(model='text', scenes=16000, hard_from=0, steps=400, decay=200, warm_up=100, peak_rate=0.0015,"
+        " weight_decay=0.02, clip=1.0, examine_every=200, validation_scenes=256, goals={}, without=())"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("vilt", {"samples": "x"}, "vilt learns from generated scenes alone.*clip, text.* take 'samples'"),
+        ("clip", {"side": 64}, "'side' of generated scenes is 48; name samples for another value"),
+        ("clip", {"samples": "x", "side": 50, "patch": 16}, "a side of 50 pixels isn't made of patches of 16"),
+        ("clip", {"width": 66}, "a width of 66 can't be shared by 4 heads"),
+        ("clip", {"width": 62, "heads": 2}, "a width of 62 isn't a multiple of 4"),
+        ("clip", {"processes": 3}, "a batch of 128 can't be shared equally by 3 processes"),
+        ("clip", {"width": "wide"}, "the recipe's 'width' is 'wide', not a int"),
+        ("clip", {"layers": 0}, "the recipe's 'layers' is 0, below 1"),
+        ("clip", {"dtype": "float16"}, "the recipe's 'dtype' is 'float16'; it can be float32, bfloat16"),
+        ("text", {"without": ["words"], "samples": "x"}, "text has no loss left to learn from"),
+        ("clip", {"without": ["images", "texts"], "samples": "x"}, "clip has no loss left to learn from"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_refused(model: str, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ReferenceError, match=message):
+        recipe_of(model, changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_refused() -> None:
+    with pytest.raises(ReferenceError, match=r"1 process\(es\) on cuda need a device each, and there are 0"):
+        recipe_of("clip", {"device": "cuda"})
+
+
+def test_fewer_samples_than_a_batch_are_refused(photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match="leave 20 to learn from, fewer than a batch of 128"):
+        making.train(recipe("clip", photographs, batch=0), 0, str(tmp_path))
+
+
+def test_the_command_trains_on_samples_and_says_what_was_left_out(photographs: Path, tmp_path: Path) -> None:
+    (photographs / "p3.png").write_bytes(b"no image")
+    recipes = [f"--recipe={field}={value}" for field, value in SHORT.items()]
+    command = ["reference", "train", "clip", "--engine", "inline", *recipes, "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, [*command, "--samples", str(photographs), "--dtype", "bfloat16"])
+    assert result.exit_code == 0, result.output
+    assert "note:    1 of 24 samples were left out, first 'p3.png': image can't be decoded" in result.output
+    assert "in bfloat16 on cpu" in (tmp_path / "out" / "README.md").read_text()
+    command = ["reference", "prepare", str(photographs), "--out", str(tmp_path / "data"), *recipes]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0 and f"samples: {tmp_path / 'data'} (23 usable)" in result.output
+    empty = CliRunner().invoke(main, ["reference", "prepare", str(tmp_path / "none"), "--out", str(tmp_path / "e")])
+    assert empty.exit_code != 0
