@@ -5,6 +5,7 @@ calls: `see` makes image inputs of scenes, `hide` takes units (patches or region
 last hidden states. Whatever a learner's modules are called is what its weights are called in the saved file.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -138,7 +139,7 @@ WORLD = Sizes()
 class Retriever(Protocol):
     """What brings images and texts into one space, each by itself."""
 
-    def embed_images(self, corpus: Corpus, scenes: np.ndarray) -> tuple[Tensor, Tensor]:
+    def embed_images(self, corpus: Learnable, scenes: np.ndarray) -> tuple[Tensor, Tensor]:
         """Unit vectors (sample, channel), and class logits of the patches (sample, patch, class)."""
         ...
 
@@ -154,7 +155,9 @@ def normalised(images: np.ndarray) -> Tensor:
 
 def hide_patches(seen: Seen, units: Tensor) -> Seen:
     """Mid-grey patches where `units` (sample, patch) says so."""
-    hidden = units.reshape(-1, 1, GRID, 1, GRID, 1).expand(-1, 3, -1, PATCH, -1, PATCH)
+    grid = math.isqrt(units.shape[1])
+    patch = seen.pixels.shape[-1] // grid
+    hidden = units.reshape(-1, 1, grid, 1, grid, 1).expand(-1, 3, -1, patch, -1, patch)
     return Seen(seen.pixels.masked_fill(hidden.reshape(seen.pixels.shape), 0))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attnscope.reference.examining import Items
-from attnscope.reference.learners import Clip, Text
+from attnscope.reference.learners import Retriever, Text
 from attnscope.reference.lessons import mask_words_at_random, trimmed
 from attnscope.reference.pairs import Pairs
 
@@ -17,7 +17,7 @@ _MASK_SEED = 0
 
 
 @torch.no_grad()
-def examine_pair_retrieval(learner: Clip, pairs: Pairs) -> dict[str, Items]:
+def examine_pair_retrieval(learner: Retriever, pairs: Pairs) -> dict[str, Items]:
     """Whether each image's own text is among the first 1, 5 and 10 of all texts, and each text's image likewise.
 
     Of equal similarities the own counts as last, so that a model that tells nothing apart finds nothing.

@@ -10,7 +10,8 @@ paper's would take it to its bound at once. Its own: unit logits from the image 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,24 +20,26 @@ from torch import Tensor, nn
 from transformers.models.blip.modeling_blip import BlipForImageTextRetrieval
 from transformers.models.blip.modeling_blip_text import BlipTextOnlyMLMHead
 
-from attnscope.reference.corpus import GRID, LENGTH, PAD, PATCH, SEP, SIDE, VOCABULARY, Corpus
+from attnscope.reference.corpus import PAD, PATCH, SEP
 from attnscope.reference.learners import (
+    WORLD,
     Hidden,
     JointLearner,
     Seen,
+    Sizes,
     UnitClassifier,
     hide_patches,
     normalised,
     smooth_positions,
 )
+from attnscope.reference.pairs import Learnable
 
-WIDTH, _HEADS, _VISION_LAYERS, _TEXT_LAYERS = 64, 4, 3, 3
 CODES = 128
 """How many codes there are for what a patch shows."""
 _CODE_SIDE = 6
 _FITTED_SCENES, _FITTING_ROUNDS = 1024, 12
 QUEUE = 1024
-_MOMENTUM = 0.995
+_MOMENTUM = 0.98
 _SOFT_SHARE, _SOFT_FROM = 0.4, 250
 _TEMPERATURE, _TEMPERATURES = 0.07, (0.001, 0.5)
 
@@ -53,16 +56,18 @@ class Encoded:
 class Streams(nn.Module):
     """Everything that has a slowly moving copy: both encoders, projections, and the heads that give soft targets."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: transformers.BlipConfig) -> None:
         super().__init__()
-        whole = BlipForImageTextRetrieval(simla_config())
+        vision, text = config.vision_config, config.text_config
+        whole = BlipForImageTextRetrieval(config)
         self.vision_model, self.text_encoder = whole.vision_model, whole.text_encoder
         self.vision_proj, self.text_proj = whole.vision_proj, whole.text_proj
-        self.cls = BlipTextOnlyMLMHead(simla_config().text_config)
-        self.code_classifier = nn.Linear(WIDTH, CODES)
-        self.keyword_classifier = nn.Linear(WIDTH, len(VOCABULARY))
+        self.cls = BlipTextOnlyMLMHead(text)
+        self.code_classifier = nn.Linear(text.hidden_size, CODES)
+        self.keyword_classifier = nn.Linear(vision.hidden_size, text.vocab_size)
         with torch.no_grad():
-            self.vision_model.embeddings.position_embedding[0, 1:] = smooth_positions(GRID, WIDTH)
+            positions = smooth_positions(vision.image_size // vision.patch_size, vision.hidden_size)
+            self.vision_model.embeddings.position_embedding[0, 1:] = positions
 
     def look(self, pixels: Tensor) -> Tensor:
         """States of CLS and patches (sample, patch, channel)."""
@@ -116,25 +121,37 @@ class Simla(Streams, JointLearner):
     image_queue: Tensor
     text_queue: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
-        momentum = Streams()
+    def __init__(self, config: transformers.BlipConfig | None = None) -> None:
+        self.config = config or simla_config()
+        super().__init__(self.config)
+        momentum = Streams(self.config)
         momentum.load_state_dict(self.state_dict())
         # What is no parameter has no gradient, is not trained and not carried, but is kept in checkpoints.
         self.momentum = _without_parameters(momentum)
-        self.itm_head = nn.Linear(WIDTH, 2)
-        self.patch_classifier = UnitClassifier()
+        width = self.config.text_config.hidden_size
+        self.itm_head = nn.Linear(width, 2)
+        self.patch_classifier = UnitClassifier(self.config.vision_config.hidden_size)
         self.log_temperature = nn.Parameter(torch.tensor(_TEMPERATURE).log())
         self.codes = nn.Parameter(torch.zeros(CODES, 3 * _CODE_SIDE**2), requires_grad=False)
         self.register_buffer("alpha", torch.tensor(0.0))
         self.register_buffer("queue_place", torch.tensor(0))
         for name in ("image_queue", "text_queue"):
-            self.register_buffer(name, nn.functional.normalize(torch.randn(QUEUE, WIDTH), dim=-1))
+            vectors = torch.randn(QUEUE, self.config.image_text_hidden_size)
+            self.register_buffer(name, nn.functional.normalize(vectors, dim=-1))
+
+    @classmethod
+    def of(cls, sizes: Sizes) -> "Simla":
+        return cls(simla_config(sizes))
+
+    @classmethod
+    def like(cls, folder: Path) -> "Simla":
+        return cls(transformers.BlipConfig.from_pretrained(folder))
 
     def prepare(self, corpus: Learnable) -> None:
         """Fit the codes of patches to the first scenes."""
         with torch.no_grad():
-            self.codes.copy_(fit_codes(corpus.pixels[:_FITTED_SCENES]))
+            patch = self.config.vision_config.patch_size
+            self.codes.copy_(fit_codes(corpus.pixels[np.arange(min(len(corpus), _FITTED_SCENES))], patch))
 
     def follow(self, step: int) -> None:
         """Move the momentum copy, keep the temperature in its bounds, and trust soft targets a little more."""
@@ -159,17 +176,19 @@ class Simla(Streams, JointLearner):
 
     def code(self, pixels: Tensor) -> Tensor:
         """The code of each patch (sample, patch) of pixels (sample, colour, row, column)."""
-        return torch.cdist(shrunk_patches(pixels), self.codes).argmin(-1)
+        patches = shrunk_patches(pixels, self.config.vision_config.patch_size)
+        with torch.autocast(pixels.device.type, enabled=False):
+            return torch.cdist(patches, self.codes).argmin(-1)
 
-    def see(self, corpus: Corpus, scenes: np.ndarray) -> Seen:
-        return Seen(normalised(corpus.pixels[scenes]))
+    def see(self, corpus: Learnable, scenes: np.ndarray) -> Seen:
+        return Seen(normalised(corpus.pixels[scenes]).to(self.device))
 
     def hide(self, seen: Seen, units: Tensor) -> Seen:
         return hide_patches(seen, units)
 
     def encode(self, words: Tensor, seen: Seen) -> Hidden:
         image = self.look(seen.pixels)
-        states = self.join(words, image)
+        states = self.join(words.to(self.device), image)
         return Hidden(states, image[:, 1:], states[:, 0])
 
     def words(self, hidden: Hidden) -> Tensor:
@@ -182,14 +201,14 @@ class Simla(Streams, JointLearner):
     def classify(self, hidden: Hidden) -> Tensor:
         return self.patch_classifier(hidden.image)
 
-    def embed_images(self, corpus: Corpus, scenes: np.ndarray) -> tuple[Tensor, Tensor]:
+    def embed_images(self, corpus: Learnable, scenes: np.ndarray) -> tuple[Tensor, Tensor]:
         """Unit vectors (sample, channel), and class logits of the patches (sample, patch, class)."""
         image = self.look(self.see(corpus, scenes).pixels)
         return self.project(image), self.patch_classifier(image[:, 1:])
 
     def embed_texts(self, words: Tensor) -> Tensor:
         """Unit vectors (text, channel)."""
-        return self.read(words)
+        return self.read(words.to(self.device))
 
 
 def _without_parameters(module: Streams) -> Streams:
@@ -201,19 +220,19 @@ def _without_parameters(module: Streams) -> Streams:
     return module
 
 
-def shrunk_patches(pixels: Tensor) -> Tensor:
+def shrunk_patches(pixels: Tensor, patch: int = PATCH) -> Tensor:
     """What is compared with codes (sample, patch, number): patches of pixels (sample, colour, row, column), shrunk."""
-    small = nn.functional.avg_pool2d(pixels, PATCH // _CODE_SIDE)
+    small = nn.functional.adaptive_avg_pool2d(pixels, pixels.shape[-1] // patch * _CODE_SIDE)
     return nn.functional.unfold(small, _CODE_SIDE, stride=_CODE_SIDE).transpose(1, 2)
 
 
-def fit_codes(pixels: np.ndarray) -> Tensor:
+def fit_codes(pixels: np.ndarray, patch: int = PATCH) -> Tensor:
     """The middles (code, number) of patches that look alike, by k-means from evenly spaced patches.
 
     `pixels` (scene, row, column, colour) uint8. Patches are sorted by their brightness first, so that the start is
     spread out and nothing is drawn.
     """
-    patches = shrunk_patches(normalised(pixels)).flatten(0, 1)
+    patches = shrunk_patches(normalised(pixels), patch).flatten(0, 1)
     patches = patches[patches.mean(1).argsort(stable=True)]
     codes = patches[torch.linspace(0, len(patches) - 1, CODES).long()].clone()
     for _ in range(_FITTING_ROUNDS):
@@ -225,16 +244,20 @@ def fit_codes(pixels: np.ndarray) -> Tensor:
     return codes
 
 
-def simla_config() -> transformers.BlipConfig:
-    shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": _HEADS}
+SIZES = replace(WORLD, layers=3, text_layers=3)
+"""The sizes of the model that attnscope carries."""
+
+
+def simla_config(sizes: Sizes = SIZES) -> transformers.BlipConfig:
+    shared = {"hidden_size": sizes.width, "intermediate_size": 4 * sizes.width, "num_attention_heads": sizes.heads}
     return transformers.BlipConfig(
         text_config={
             **shared,
-            "vocab_size": len(VOCABULARY),
-            "num_hidden_layers": _TEXT_LAYERS,
-            "encoder_hidden_size": WIDTH,
-            "projection_dim": WIDTH,
-            "max_position_embeddings": LENGTH,
+            "vocab_size": sizes.vocabulary,
+            "num_hidden_layers": sizes.text_layers,
+            "encoder_hidden_size": sizes.width,
+            "projection_dim": sizes.width,
+            "max_position_embeddings": sizes.length,
             "hidden_dropout_prob": 0.0,
             "attention_probs_dropout_prob": 0.0,
             "initializer_range": 0.05,
@@ -245,14 +268,14 @@ def simla_config() -> transformers.BlipConfig:
         },
         vision_config={
             **shared,
-            "num_hidden_layers": _VISION_LAYERS,
-            "image_size": SIDE,
-            "patch_size": PATCH,
-            "projection_dim": WIDTH,
+            "num_hidden_layers": sizes.layers,
+            "image_size": sizes.side,
+            "patch_size": sizes.patch,
+            "projection_dim": sizes.width,
             "initializer_range": 0.05,
         },
-        projection_dim=WIDTH,
-        image_text_hidden_size=WIDTH,
+        projection_dim=sizes.width,
+        image_text_hidden_size=sizes.width,
         initializer_range=0.05,
         architectures=["BlipForImageTextRetrieval"],
     )

@@ -6,23 +6,25 @@ from the image, the codes of masked patches from the words. PSL: the words that 
 told from the image alone. ITC, MLM, MIM and PSL take part of their targets from the momentum copy.
 """
 
+import math
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attnscope.reference.corpus import GRID, MASK, SPECIAL, Corpus
+from attnscope.reference.corpus import GRID, SPECIAL, Corpus
 from attnscope.reference.learners import Seen
-from attnscope.reference.lessons import HARD_SHARE, draw_scenes, patch_loss, trimmed
+from attnscope.reference.lessons import HARD_SHARE, draw_scenes, mask_words_at_random, patch_loss, trimmed
+from attnscope.reference.pairs import Learnable
 from attnscope.reference.scenes import Generator
 from attnscope.reference.simla import Simla
 
 LOSSES = ("itm", "itc", "mlm", "mim", "psl", "units")
 _BATCH = 40
-_WORD_SHARE, _PATCH_SHARE = 0.15, 0.3
-_MASKED, _OTHER_WORD = 0.8, 0.1
-_LARGEST_BLOCK = 2
+_PATCH_SHARE = 0.3
+# A block's sides are at most this part of the grid's.
+_LARGEST_BLOCK = 0.5
 KEYWORDS = 4
 
 
@@ -77,35 +79,24 @@ def keyword_loss(logits: Tensor, hard: Tensor, soft: Tensor, alpha: Tensor | flo
     return nn.functional.binary_cross_entropy_with_logits(logits, mixed(hard, soft, alpha))
 
 
-def mask_words_at_random(words: np.ndarray, classes: int, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Texts (sample, token) as shown, and where words are asked for (sample, token) bool; one of each text at least.
-
-    Of the chosen 15 % four fifths are masked, a tenth is another word, a tenth stays (Devlin et al., NAACL 2019).
-    """
-    plain = words >= len(SPECIAL)
-    keys = np.where(plain, rng.random(words.shape), 2.0)
-    asked = (keys < _WORD_SHARE) | ((keys == keys.min(1, keepdims=True)) & plain)
-    fate = rng.random(words.shape)
-    others = rng.integers(len(SPECIAL), classes, words.shape)
-    shown = np.where(fate < _MASKED, MASK, np.where(fate < _MASKED + _OTHER_WORD, others, words))
-    return np.where(asked, shown, words), asked
-
-
 def mask_blocks(count: int, rng: Generator, grid: int = GRID, share: float = _PATCH_SHARE) -> np.ndarray:
     """Patches to mask (sample, patch) bool: blocks until a share of the grid is masked (BEiT, Bao et al., 2022)."""
     masked = np.zeros((count, grid, grid), bool)
     for sample in masked:
         while sample.sum() < share * sample.size:
-            rows, columns = rng.integers(1, _LARGEST_BLOCK + 1, 2)
+            rows, columns = rng.integers(1, max(1, int(_LARGEST_BLOCK * grid)) + 1, 2)
             top, left = rng.integers(0, grid - rows + 1), rng.integers(0, grid - columns + 1)
             sample[top : top + rows, left : left + columns] = True
     return masked.reshape(count, -1)
 
 
 def simla_losses(
-    learner: Simla, corpus: Corpus, rng: Generator, hard_share: float = HARD_SHARE, batch: int = _BATCH
+    learner: Simla, corpus: Learnable, rng: Generator, hard_share: float = HARD_SHARE, batch: int = _BATCH
 ) -> dict[str, Tensor]:
-    """The losses of one batch of pairs, those that the learner is taught without left out."""
+    """The losses of one batch of pairs, those that the learner is taught without left out.
+
+    Of several processes each takes its share; ITC contrasts all of the batch, ITM's wrong partners are of the share.
+    """
     lesson = _Lesson(learner, corpus, draw_scenes(corpus, batch, rng, hard_share), rng)
     taught = (name for name in LOSSES if name not in learner.without)
     losses = {name: getattr(lesson, name)() for name in taught}
@@ -116,18 +107,19 @@ def simla_losses(
 class _Lesson:
     """One batch of pairs, and what several losses need of it; what is drawn does not depend on which are asked for."""
 
-    def __init__(self, learner: Simla, corpus: Corpus, scenes: np.ndarray, rng: Generator) -> None:
-        self.learner, self.corpus, self.scenes = learner, corpus, scenes
-        self.draws = rng.spawn(4)
-        self.words = trimmed(corpus.words[scenes])
+    def __init__(self, learner: Simla, corpus: Learnable, scenes: np.ndarray, rng: Generator) -> None:
+        self.learner, self.corpus, self.scenes = learner, corpus, learner.share.part(scenes)
+        self.draws = rng.spawn(4 * (learner.share.number + 1))[-4:]
+        scenes = self.scenes
+        self.words = trimmed(corpus.words[scenes]).to(learner.device)
         self.pixels = learner.see(corpus, scenes).pixels
         self.alpha = learner.alpha
         self.image = learner.look(self.pixels)
         self.vector = learner.project(self.image)
         with torch.no_grad():
             self.slow_image = learner.momentum.look(self.pixels)
-            self.slow_vector = learner.momentum.project(self.slow_image)
-            self.slow_text = learner.momentum.read(self.words)
+            self.slow_vector = learner.momentum.project(self.slow_image).float()
+            self.slow_text = learner.momentum.read(self.words).float()
 
     @cached_property
     def text(self) -> Tensor:
@@ -135,12 +127,16 @@ class _Lesson:
         return self.learner.read(self.words)
 
     def itc(self) -> Tensor:
-        learner, text = self.learner, self.text
-        texts = torch.cat([self.slow_text, learner.text_queue])
-        images = torch.cat([self.slow_vector, learner.image_queue])
-        settings = learner.temperature, self.alpha
-        to_texts = contrast(self.vector, texts, self.slow_vector, *settings)
-        return (to_texts + contrast(text, images, self.slow_text, *settings)) / 2
+        learner, gather = self.learner, self.learner.share.gather
+        # Similarities over a small temperature are large, and in bfloat16 coarse.
+        with torch.autocast(self.vector.device.type, enabled=False):
+            vector, text = gather(self.vector.float()), gather(self.text.float())
+            slow_vector, slow_text = gather(self.slow_vector), gather(self.slow_text)
+            texts = torch.cat([slow_text, learner.text_queue])
+            images = torch.cat([slow_vector, learner.image_queue])
+            settings = learner.temperature, self.alpha
+            to_texts = contrast(vector, texts, slow_vector, *settings)
+            return (to_texts + contrast(text, images, slow_text, *settings)) / 2
 
     def itm(self) -> Tensor:
         texts, images = self._negatives()
@@ -164,7 +160,7 @@ class _Lesson:
         learner = self.learner
         classes = learner.cls.predictions.decoder.out_features
         shown, asked = mask_words_at_random(self.words.cpu().numpy(), classes, self.draws[2])
-        masked, at = torch.from_numpy(shown).to(self.words.device), torch.from_numpy(asked)
+        masked, at = (torch.from_numpy(array).to(learner.device) for array in (shown, asked))
         logits = learner.cls(learner.join(masked, self.image)[at])
         with torch.no_grad():
             slow = learner.momentum.cls(learner.momentum.join(masked, self.slow_image)[at])
@@ -173,7 +169,8 @@ class _Lesson:
 
     def mim(self) -> Tensor:
         learner = self.learner
-        at = torch.from_numpy(mask_blocks(len(self.words), self.draws[3]))
+        grid = math.isqrt(self.image.shape[1] - 1)
+        at = torch.from_numpy(mask_blocks(len(self.words), self.draws[3], grid)).to(learner.device)
         codes = learner.code(self.pixels)[at]
         hidden = learner.hide(Seen(self.pixels), at).pixels
         logits = learner.code_classifier(learner.join_image(learner.look(hidden), self.words)[at])
@@ -193,8 +190,10 @@ class _Lesson:
         return keyword_loss(logits, hard, soft, self.alpha)
 
     def units(self) -> Tensor:
+        assert isinstance(self.corpus, Corpus)
         return patch_loss(self.learner.patch_classifier(self.image[:, 1:]), self.corpus, self.scenes)
 
     def remember(self) -> None:
         """The batch's vectors become negatives of later ones."""
-        self.learner.keep(self.slow_vector, self.slow_text)
+        gather = self.learner.share.gather
+        self.learner.keep(gather(self.slow_vector), gather(self.slow_text))

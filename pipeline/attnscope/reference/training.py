@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from attnscope.reference import simla_lessons
+from attnscope.reference import simla, simla_lessons
 from attnscope.reference.corpus import VOCABULARY, Corpus, build_corpus
 from attnscope.reference.examining import (
     Items,
@@ -106,7 +106,9 @@ RECIPES = {
     "clip": Recipe("clip", steps=2500, goals={"image_to_text": 0.62, "text_to_image": 0.62}),
     "lxmert": Recipe("lxmert", decay=200, hard_from=600, goals=_JOINT_GOALS),
     "text": Recipe("text", steps=400, decay=200),
-    "simla": Recipe("simla", steps=2000, decay=300, hard_from=600),
+    "simla": Recipe(
+        "simla", steps=2000, decay=300, hard_from=600, layers=simla.SIZES.layers, text_layers=simla.SIZES.text_layers
+    ),
 }
 
 
@@ -403,5 +405,5 @@ LESSONS = {
     "lxmert": _JOINT,
     "clip": _Lessons(("images", "texts", "units"), contrastive_losses, _retrieval_figures, examine_pair_retrieval),
     "text": _Lessons(("words",), word_losses, _word_figures, examine_pair_words, images=False),
-    "simla": _Lessons(simla_lessons.LOSSES, simla_lessons.simla_losses, _simla_figures),
+    "simla": _Lessons(simla_lessons.LOSSES, simla_lessons.simla_losses, _simla_figures, examine_pair_retrieval),
 }
