@@ -30,8 +30,8 @@ _NOTES = {
     " the picture and the rest of its phrase determine; 'without object' and 'without image' show mid-grey there."
     " 'grounding' takes each phrase alone and Grad-CAM of the matching logit on the cross-attention of a layer: 'box'"
     " says whether the region with the largest area-normalised mass overlaps the thing by one half, of nine regions,"
-    " 'pointing' whether the strongest patch shows any of it. 'codes' are those of masked patches, from the words or"
-    " with all words masked.",
+    " 'pointing' whether the strongest patch shows any of it. 'codes' are those of a thing's patches, all of them"
+    " masked, from the words or with all words masked.",
     "text": "Captions of normal scenes name no colour and no shape twice, which the words give away.",
 }
 _NOTES["lxmert"] = (

@@ -107,7 +107,7 @@ RECIPES = {
     "lxmert": Recipe("lxmert", decay=200, hard_from=600, goals=_JOINT_GOALS),
     "text": Recipe("text", steps=400, decay=200),
     "simla": Recipe(
-        "simla", steps=2000, decay=300, hard_from=600, layers=simla.SIZES.layers, text_layers=simla.SIZES.text_layers
+        "simla", steps=2900, decay=400, hard_from=3300, layers=simla.SIZES.layers, text_layers=simla.SIZES.text_layers
     ),
 }
 
