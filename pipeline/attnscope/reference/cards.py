@@ -97,10 +97,14 @@ _PARTS = {"words": "words", "wordpiece": "word pieces"}
 _ABOUT_PAIRS = {
     "clip": "Two encoders that meet in the similarity (CLIP).",
     "text": "Texts alone (BERT, masked words), without images.",
+    "simla": "One stream on several levels (SIMLA in small): BLIP's classes, an image encoder below a text encoder that"
+    " looks at it, trained on contrast, matching, masked words, masked patches' codes and keywords.",
 }
 _PAIR_NOTES = {
     "clip": "Each says how often an image's own text (or a text's own image) is the first, or among the first 5 or 10,"
     " of all of these samples'.",
+    "simla": "Each says how often an image's own text (or a text's own image) is the first, or among the first 5 or 10,"
+    " of all of these samples', by the similarity of the two encoders' vectors.",
     "text": "15 % of the words are masked; 'words' says how many of them are told.",
 }
 
