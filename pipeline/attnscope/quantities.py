@@ -31,6 +31,7 @@ class Quantity:
 
 
 _SITE = ("sample", "layer", "head", "query_token", "key_token")
+_ANSWER = ("sample", "layer", "answer", "query_token", "key_token")
 _NAN = float("nan")
 
 QUANTITIES = (
@@ -68,6 +69,14 @@ QUANTITIES = (
              "weight of the residual beside the attention's output, by their norms, from 0 to 2", _NAN),
     Quantity("residual_gradient", "site", ("sample", "layer", "query_token"), "float32", "1",
              "weight of the residual beside the attention's output, by gradient times value, from 0 to 2", _NAN),
+    Quantity("answer_relevance", "site", _ANSWER, "float32", "1",
+             "attention_relevance for the logit of each token that the model wrote", _NAN),
+    Quantity("answer_gradcam", "site", _ANSWER, "float32", "1",
+             "attention_gradcam for the logit of each token that the model wrote", _NAN),
+    Quantity("answer_gradient", "site", _ANSWER, "float32", "1",
+             "attention_gradient for the logit of each token that the model wrote", _NAN),
+    Quantity("answer_residual", "site", ("sample", "layer", "answer", "query_token"), "float32", "1",
+             "residual_gradient for the logit of each token that the model wrote", _NAN),
     Quantity("query", "site", ("sample", "layer", "head", "query_token", "channel"), "float32", "1",
              "query as the kernel received it: after rotary position and norm", _NAN),
     Quantity("key", "site", ("sample", "layer", "kv_head", "key_token", "channel"), "float32", "1",
@@ -112,9 +121,18 @@ QUANTITIES = (
 )  # fmt: skip
 
 SITE_QUANTITIES = {q.name: q for q in QUANTITIES if q.group == "site" and {"sample", "element"} & set(q.dims)}
-RESIDUALS = frozenset({"residual_norm", "residual_gradient"})
+ANSWERS = {
+    "answer_relevance": "attention_relevance",
+    "answer_gradcam": "attention_gradcam",
+    "answer_gradient": "attention_gradient",
+    "answer_residual": "residual_gradient",
+}
+"""What is recorded for the logit of each written token by itself, and the quantity that it is of a single score."""
+RESIDUALS = frozenset({"residual_norm", "residual_gradient", "answer_residual"})
 """How much of each query goes around the attention; found in the forward that gradients are taken of."""
-GRADIENT_QUANTITIES = RESIDUALS | {"attention_grad", "attention_relevance", "attention_gradcam", "attention_gradient"}
+SCORE_GRADIENTS = frozenset({"residual_norm", "residual_gradient", "attention_grad", *ANSWERS.values()})
+"""What is recorded by the derivative of the score itself."""
+GRADIENT_QUANTITIES = SCORE_GRADIENTS | set(ANSWERS)
 DERIVED_FROM = {"attention_mean": "attention", "attention_relevance": "attention_grad"}
 """Reductions, and the full array that makes each of them needless to store (with `attention` for the second)."""
 RULES = frozenset({"query_valid", "key_valid", "causal", "mask"})

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from attnscope.families.labels import LABELS, UNASKED
+from attnscope.families.labels import LABELS, UNASKED, WRITTEN
 from attnscope.families.losses import word_logits, writes_forward
 
 if TYPE_CHECKING:
@@ -93,6 +93,27 @@ def masked_words(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "Loade
     return (chosen * asked).sum(dim=1) / asked.sum(dim=1)
 
 
+def written_logits(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedModel") -> "Tensor":
+    """The logit of each token that the model wrote behind its prompt, where it wrote it: (sample, written token).
+
+    What is read from left to right tells a token from those before it alone, so that one forward over the whole text
+    gives each of these logits, and its gradients, as the step did that wrote the token.
+    """
+    logits = _first(outputs, "logits")
+    if WRITTEN not in inputs or logits is None or logits.ndim != 3:
+        raise ValueError(
+            "the target 'generated' is what the model writes by itself: extract with generate=N (--generate N)"
+        )
+    written = int(inputs[WRITTEN].min())
+    ids = inputs["decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"][:, -written:]
+    return logits[:, -written - 1 : -1].gather(-1, ids.to(logits.device)[..., None])[..., 0]
+
+
+def generated(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedModel") -> "Tensor":
+    """The mean logit of the tokens that the model wrote behind its prompt."""
+    return written_logits(outputs, inputs, loaded).mean(dim=1)
+
+
 def at_place(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedModel", target: str) -> "Tensor":
     """The logit that a target of a place asks for: 'token:K' or 'word:K', K counted from the end when negative.
 
@@ -161,4 +182,5 @@ SCORES: "Mapping[str, Callable[[object, dict[str, Tensor], LoadedModel], Tensor]
     "mean_norm": mean_norm,
     "last_token": last_token,
     "masked": masked_words,
+    "generated": generated,
 }
