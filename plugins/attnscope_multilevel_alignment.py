@@ -3,8 +3,9 @@
 1. Global: does a pair belong together? Retrieval among all samples by the similarity of dual encoders, and whether the
    model scores a text above its hard negative.
 2. Token: where do the words of a phrase look? Their map over the image is held against the box that the phrase names:
-   the pointing game, the mass inside, and which box has the most mass for its size; and what the words of a phrase
-   cost to tell with and without the image.
+   the pointing game, the mass inside, which box has the most mass for its size, and where a detector gave the image's
+   regions, whether the strongest is the phrase's; and what the words of a phrase cost to tell with and without the
+   image, and its object with and without the words.
 3. Concept: do the tokens that the CLS token attends to most (the last token of a text that is read from left to right)
    name what the image shows? As the paper chooses keywords (the four largest weights of the head mean) and as its code
    does (four votes of every head, the five with most).
@@ -42,11 +43,13 @@ _GROUNDING = {
     "pointing": "share of phrases whose strongest patch lies in a box of theirs",
     "mass": "share of the map that lies in the phrase's boxes",
     "box": "share of phrases for which the box with most mass for its size is theirs (IoU of 0.5 or more)",
+    "region": "share of phrases whose strongest region of a detector's is theirs (IoU of 0.5 or more)",
 }
 _CHANCE = {
     "pointing": "share of patches in the phrase's boxes",
     "mass": "share of the image in the phrase's boxes",
     "box": "share of a sample's boxes that are the phrase's",
+    "region": "share of a detector's regions that are the phrase's",
 }
 
 
@@ -115,7 +118,8 @@ class MultilevelAlignment:
     mean) or 'gradcam' (times the positive part of the gradient, as SIMLA has it). `retrieval` needs a dual encoder,
     `negatives` samples with `targets['negative']`, `reconstruction` a model that tells masked words. A patch lies in a
     box when it holds at least the share `inside` of what the patch that holds most of it does; phrases whose boxes
-    cover more than `largest` of the image are left out.
+    cover more than `largest` of the image are left out. What is said of patches holds for the regions of a detector as
+    well: a region's share in a box is that of its area.
     """
 
     name: ClassVar[str] = "multilevel_alignment"
@@ -336,6 +340,7 @@ class _Grounded:
         self._phrases = phrases_of(str(run.samples["regions"].values[position]))
         self._patches = np.flatnonzero(patches.is_of("image")[row])
         self._shares = patches.region_share[row][:, self._patches]
+        self._own_boxes = patches.box[row][self._patches]
         self._words = words.region_share[row]
         self._is_word = words.is_of("text", "generated", "special")[row]
         self._options = options
@@ -376,7 +381,9 @@ class _Grounded:
         if len(candidates) > 1:
             areas = np.array([_area(self._regions[n]["box"]) for n in candidates])
             best = candidates[best_box(values, self._shares[candidates], areas)]
-            found["box"] = float(self._is_his(best, mine))
+            found["box"] = float(self._is_his(self._regions[best]["box"], mine))
+        if self._has_boxes:
+            found["region"] = float(self._is_his(self._own_boxes[int(values.argmax())], mine))
         return found
 
     def chances(self, target: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
@@ -386,8 +393,15 @@ class _Grounded:
         found = {"pointing": float(inside.mean()), "mass": float(covered.mean())}
         candidates = self._candidates()
         if len(candidates) > 1:
-            found["box"] = float(np.mean([self._is_his(n, target[1]) for n in candidates]))
+            found["box"] = float(np.mean([self._is_his(self._regions[n]["box"], target[1]) for n in candidates]))
+        if self._has_boxes:
+            found["region"] = float(np.mean([self._is_his(box, target[1]) for box in self._own_boxes]))
         return found
+
+    @property
+    def _has_boxes(self) -> bool:
+        """Whether the image tokens are regions of a detector, of which it is known where they lie."""
+        return bool(self._own_boxes.size) and bool(np.isfinite(self._own_boxes).all())
 
     def _candidates(self) -> list[int]:
         """Regions of different boxes, grounds left out."""
@@ -397,8 +411,7 @@ class _Grounded:
                 seen.setdefault(tuple(self._regions[number]["box"]), number)
         return list(seen.values())
 
-    def _is_his(self, number: int, mine: np.ndarray) -> bool:
-        box = self._regions[number]["box"]
+    def _is_his(self, box: Sequence[float], mine: np.ndarray) -> bool:
         return any(intersection_over_union(box, self._regions[m]["box"]) >= 0.5 for m in mine)
 
 
@@ -439,12 +452,13 @@ def _global_elements(result: xr.Dataset) -> Iterator[Element]:
 def _token_elements(result: xr.Dataset) -> Iterator[Element]:
     yield Heading(f"Token: where the words of a phrase look ({result.attrs['site']})")
     lines = []
-    for name in _GROUNDING:
+    shown = [name for name in _GROUNDING if np.isfinite(result[name]).any()]
+    for name in shown:
         lines.append(Series(name, *(result[f"{name}{s}"].values for s in ("", "_low", "_high"))))
         level = np.full(result.sizes["layer"], float(result[f"{name}_chance"]))
         lines.append(Series(f"{name}, chance", level))
     yield LineChart(result["layer"].values, lines, "layer", "share", "Bands: 95 % interval over samples.")
-    rows = [[name, words, _CHANCE[name]] for name, words in _GROUNDING.items()]
+    rows = [[name, _GROUNDING[name], _CHANCE[name]] for name in shown]
     yield Table(["measure", "what it is", "chance"], rows)
     if int(result["phrases_skipped"]):
         yield Note(f"{int(result['phrases_skipped'])} phrases have no box, or words or patches that can't be told.")

@@ -15,8 +15,9 @@ from attnscope.families import Inputs
 from attnscope.families.labels import LABELS, UNASKED
 from attnscope.families.layouts import patch_grid
 from attnscope.families.losses import writes_forward
+from attnscope.families.regions import given_boxes
 from attnscope.loading import LoadedModel, ModelError
-from attnscope.samples import Sample
+from attnscope.samples import Sample, image_size
 from attnscope.tokens import KIND_CODES
 
 _PIXELS = "pixel_values"
@@ -456,11 +457,8 @@ def token_boxes(image: ImageTokens, inputs: Inputs, row: int, sample: Sample, lo
     if size is None:
         return None
     if not image.on_grid:
-        places = inputs.get("visual_pos")
-        if places is None or places.shape[-1] < 4:
-            return None
-        boxes = places[row, : len(image.tokens), :4].float().cpu().numpy()
-        return boxes * np.array([*size, *size])
+        boxes = given_boxes(inputs, row, size)
+        return None if boxes is None else boxes[: len(image.tokens)]
     pixels = inputs.get(_PIXELS)
     if pixels is None:
         return None
@@ -468,12 +466,6 @@ def token_boxes(image: ImageTokens, inputs: Inputs, row: int, sample: Sample, lo
     low = np.stack([image.column * width, image.row * height], axis=1)
     cells = np.concatenate([low, low + np.array([width, height])], axis=1)
     return _in_original(cells, size, pixels, inputs, row, loaded)
-
-
-def image_size(sample: Sample) -> tuple[int, int] | None:
-    """Width and height of a sample's image in pixels."""
-    image = sample.load_image()
-    return None if image is None else image.size
 
 
 def _cell(image: ImageTokens, pixels: torch.Tensor, loaded: LoadedModel) -> tuple[float, float]:

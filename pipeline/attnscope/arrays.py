@@ -96,6 +96,8 @@ def arrays_of(plan: RunPlan, spec: ExtractSpec, samples: int) -> Iterable[ArrayP
         if plan.regions:
             sizes = {"region": plan.regions, "token": tokens}
             yield planned(f"{stream}/region_share", quantity("stream", "region_share"), sizes)
+        if stream in plan.boxed:
+            yield planned(f"{stream}/box", quantity("stream", "box"), {"token": tokens, "side": 4})
     for name, site in plan.sites.items():
         for stored in sorted(site.stored(spec)):
             row = SITE_QUANTITIES[stored]

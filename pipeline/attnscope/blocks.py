@@ -15,6 +15,7 @@ from attnscope.claims import POLL, Claims
 from attnscope.families import Inputs
 from attnscope.families.labels import encoded_samples
 from attnscope.families.layouts import DEFAULT_LAYOUTS
+from attnscope.families.regions import given_boxes
 from attnscope.families.scores import written_logits
 from attnscope.loading import LoadedModel
 from attnscope.plan import THUMBNAIL_PIXELS
@@ -26,7 +27,7 @@ from attnscope.recording import AttentionCall, recording
 from attnscope.regions import RegionReader
 from attnscope.residuals import ResidualTap, residual_shares
 from attnscope.run import EXTRACTED, LEFT_OUT, Run
-from attnscope.samples import SampleError
+from attnscope.samples import Sample, SampleError, image_size
 from attnscope.tokens import TokenLayout, unknown_layout
 from attnscope.writing import BlockBuffer, BlockWriter, TokenBuffer
 
@@ -126,7 +127,7 @@ def _extract_block(job: Job, block: range) -> None:
                 scores[0, batch_rows] = score
             for name, count in counts.items():
                 tokens[name].put(batch_rows, layouts.of(name, count))
-                regions.put(name, batch_rows, layouts.of(name, count))
+                regions.put(name, batch_rows, layouts.of(name, count), inputs)
             if job.run.plan.thumbnails:
                 pictures[batch_rows] = _thumbnails(job, block, batch_rows, inputs)
     if rows and (unfinished := buffer.unfinished()):
@@ -292,7 +293,7 @@ def _gradients(
 
 
 class _Regions:
-    """How much of each token of a block lies in each region of its sample, by stream."""
+    """How much of each token of a block lies in each region of its sample, and its own box, by stream."""
 
     def __init__(self, job: Job, block: range) -> None:
         self._job = job
@@ -303,18 +304,31 @@ class _Regions:
             for name, count in plan.streams.items()
             if plan.regions
         }
+        self._boxes = {name: np.full((len(block), plan.streams[name], 4), np.nan, np.float32) for name in plan.boxed}
 
-    def put(self, stream: str, rows: Sequence[int], layout: TokenLayout) -> None:
+    def put(self, stream: str, rows: Sequence[int], layout: TokenLayout, inputs: Inputs) -> None:
         if stream not in self._shares:
             return
         into = self._shares[stream]
         for at, row in enumerate(rows):
             sample = self._job.prepared.sample(self._block.start + row)
-            into[row, :, : layout.token_count] = self._job.regions.shares(sample, layout, at, into.shape[1])
+            boxes = self._put_boxes(stream, row, sample, inputs, at)
+            into[row, :, : layout.token_count] = self._job.regions.shares(sample, layout, at, into.shape[1], boxes)
+
+    def _put_boxes(self, stream: str, row: int, sample: Sample, inputs: Inputs, at: int) -> np.ndarray | None:
+        """The boxes of a sample's tokens, (token, 4) in pixels of its image; None where they aren't known."""
+        size = image_size(sample) if stream in self._boxes else None
+        given = None if size is None else given_boxes(inputs, at, size)
+        if given is None:
+            return None
+        self._boxes[stream][row, : len(given)] = given
+        return self._boxes[stream][row, : len(given)]
 
     def write(self) -> None:
         for stream, shares in self._shares.items():
             self._job.run.write_block(f"{stream}/region_share", self._block, shares)
+        for stream, boxes in self._boxes.items():
+            self._job.run.write_block(f"{stream}/box", self._block, boxes)
 
 
 class Layouts:

@@ -88,7 +88,8 @@ class SitePlan:
 class RunPlan:
     """The sizes of a run: tokens of each stream, the sites, how many samples make a block, and regions a sample.
 
-    `answers` is how many written tokens a sample may have, where something is recorded for each of them.
+    `answers` is how many written tokens a sample may have, where something is recorded for each of them; `boxed` are
+    the streams whose tokens are a detector's regions, of which the boxes are known.
     """
 
     streams: Mapping[str, int]
@@ -98,6 +99,7 @@ class RunPlan:
     thumbnails: bool = False
     regions: int = 0
     answers: int = 0
+    boxed: tuple[str, ...] = ()
 
     def sizes(self, site: SitePlan | None = None) -> dict[str, int]:
         """The length of every dimension but `sample` and `token`."""
@@ -168,4 +170,5 @@ def plan_from_attrs(plain: Mapping[str, object]) -> RunPlan:
         thumbnails=bool(plain["thumbnails"]),
         regions=int(plain.get("regions", 0)),  # type: ignore[call-overload]
         answers=int(plain.get("answers", 0)),  # type: ignore[call-overload]
+        boxed=tuple(plain.get("boxed", ())),  # type: ignore[arg-type]
     )

@@ -50,6 +50,8 @@ QUANTITIES = (
     Quantity("column", "stream", ("sample", "token"), "int16", "", "column on the patch grid, -1 for none", -1),
     Quantity("region_share", "stream", ("sample", "region", "token"), "float32", "1",
              "the share of a token that lies in a region of its sample; NaN where that isn't known", _NAN),
+    Quantity("box", "stream", ("sample", "token", "side"), "float32", "pixel",
+             "left, top, right and bottom of a detector's region in the image; NaN where none is known", _NAN),
     Quantity("attention", "site", _SITE, "float16", "1", "attention weights after softmax", _NAN),
     Quantity("attention_values", "site", ("layer", "head", "element"), "float16", "1",
              "attention weights of ragged samples, without their padding, end to end", _NAN),

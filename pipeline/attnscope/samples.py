@@ -120,6 +120,12 @@ class Sample:
         return hashlib.sha256(content).hexdigest()
 
 
+def image_size(sample: Sample) -> tuple[int, int] | None:
+    """Width and height of a sample's image in pixels; None where it has none."""
+    image = sample.load_image()
+    return None if image is None else image.size
+
+
 def read_samples(source: str | Path, limit: int | None = None) -> list[Sample]:
     """The samples of a folder, of a JSONL, CSV or Parquet file, or of `datasets:NAME[@SPLIT]`.
 

@@ -238,6 +238,79 @@ def test_words_of_one_stream_look_at_its_patches(tmp_path: Path) -> None:
     np.testing.assert_allclose(result["mass"], mass.mean((0, 1)), rtol=1e-5)
 
 
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """The area that two boxes (left, top, right, bottom) share, counted in half pixels."""
+    grid = np.arange(0.25, 40, 0.5)
+    inside = [((grid > box[0]) & (grid < box[2]), (grid > box[1]) & (grid < box[3])) for box in (a, b)]
+    return float((inside[0][0] & inside[1][0]).sum() * (inside[0][1] & inside[1][1]).sum()) / 4
+
+
+def area(box: np.ndarray) -> float:
+    return overlap(box, box)
+
+
+def test_words_of_a_model_of_regions_look_at_their_boxes(tmp_path: Path) -> None:
+    """Against loops over the boxes that LXMERT was given: two that phrases name, one that none does, and fillings."""
+    words = ("a", "red", "cat", "on", "the", "box")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    hf.BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    config = hf.LxmertConfig(
+        hidden_size=32, num_attention_heads=4, intermediate_size=37, vocab_size=11, l_layers=1, x_layers=2, r_layers=1,
+        visual_feat_dim=48, num_qa_labels=4, region_pixels={"count": 7, "side": 4},
+    )  # fmt: skip
+    widened(hf.LxmertForQuestionAnswering._from_config(config, attn_implementation="eager")).save_pretrained(tmp_path)
+    generator = np.random.default_rng(0)
+    named = {"red cat": (0, 0, 10, 8), "the box": (20, 2, 36, 12)}
+    boxes = [(0, 0, 10, 8), (20, 2, 36, 12), (22, 3, 36, 12)]
+    regions = (Region("red cat", boxes[0], (2, 9)), Region("the box", boxes[1], (13, 20)), Region(None, boxes[2], None))
+    pictures = [Image.fromarray(generator.integers(0, 255, (16, 40, 3), dtype=np.uint8)) for _ in range(3)]
+    samples = [Sample(f"s{i}", picture, "a red cat on the box", regions) for i, picture in enumerate(pictures)]
+    analyser = MultilevelAlignment(maps="attention", negatives=False)
+    run = attnscope.extract(tmp_path, samples, [analyser], spec=ExtractSpec(encoding="exact"))
+    result = analyse(run, analyser, save=False)
+    assert result.attrs["site"] == "text.vision"
+    own = run.tokens("vision")["box"].values[0].astype(float)
+    np.testing.assert_allclose(own[:3], boxes, atol=1e-4)
+    own = np.round(own * 2) / 2
+    expected: dict[str, list[list[float]]] = {name: [] for name in ("pointing", "mass", "box", "region")}
+    chance: dict[str, list[float]] = {name: [] for name in expected}
+    for sample in range(3):
+        text_of = run.tokens("text").isel(sample=sample)["token_text"].values
+        attention = run.attention("text.vision").isel(sample=sample).mean("head").values
+        for phrase, box in named.items():
+            rows = [t for t, w in enumerate(text_of) if w in phrase.split()]
+            shares = np.array([overlap(one, np.array(box)) / area(one) for one in own])
+            fits = [overlap(one, np.array(box)) / (area(one) + area(np.array(box)) - overlap(one, np.array(box)))
+                    for one in own]  # fmt: skip
+            chance["pointing"].append(float((shares >= 0.5 * shares.max()).mean()))
+            chance["mass"].append(shares.mean())
+            chance["region"].append(np.mean([fit >= 0.5 for fit in fits]))
+            told: dict[str, list[float]] = {name: [] for name in expected}
+            for layer in attention:
+                values = layer[rows].mean(0)
+                best = int(values.argmax())
+                told["pointing"].append(float(shares[best] >= 0.5 * shares.max()))
+                told["mass"].append(float((values * shares).sum() / values.sum()))
+                told["region"].append(float(fits[best] >= 0.5))
+                masses = [
+                    sum(v * overlap(one, np.array(b)) / area(one) for v, one in zip(values, own, strict=True))
+                    / np.sqrt(area(np.array(b)))
+                    for b in boxes
+                ]
+                chosen = np.array(boxes[int(np.argmax(masses))])
+                both = overlap(chosen, np.array(box))
+                told["box"].append(float(both / (area(chosen) + area(np.array(box)) - both) >= 0.5))
+            for name, values in told.items():
+                expected[name].append(values)
+    for name, found in expected.items():
+        np.testing.assert_allclose(result[name], np.mean(found, axis=0), rtol=1e-4, err_msg=name)
+    for name in ("pointing", "mass", "region"):
+        np.testing.assert_allclose(result[f"{name}_chance"], np.mean(chance[name]), rtol=1e-4, err_msg=name)
+    # The box of the unnamed thing overlaps that of the named one by more than half.
+    assert float(result["box_chance"]) == pytest.approx(np.mean([1 / 3, 2 / 3]))
+    assert "strongest region of a detector" in "".join(e.html() for e in analyser.report(result))
+
+
 def test_a_site_that_is_none_is_refused() -> None:
     run = planted(lambda layer: np.full((2, 6, 16), 1 / 16))
     with pytest.raises(ValueError, match=r"'text\.self' is not attention from words to an image"):
