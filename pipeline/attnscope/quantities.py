@@ -38,7 +38,7 @@ QUANTITIES = (
     Quantity("id", "samples", ("sample",), "string", "", "name of the sample, unique in the run", ""),
     Quantity("text", "samples", ("sample",), "string", "", "text of the sample", ""),
     Quantity("regions", "samples", ("sample",), "string", "",
-             "JSON list of phrase, box (pixels), span (characters), mask (run lengths down the columns)", ""),
+             "JSON list of phrase, box (pixels), span (characters), mask (run lengths down the columns), label", ""),
     Quantity("image_digest", "samples", ("sample",), "string", "", "SHA-256 of the encoded image", ""),
     Quantity("thumbnail", "samples", ("sample", "image_row", "image_column", "colour"), "uint8", "",
              "the image as the model saw it, red green blue"),

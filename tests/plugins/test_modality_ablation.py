@@ -181,6 +181,46 @@ def test_dual_encoders_are_asked_for_their_similarity() -> None:
     np.testing.assert_allclose(found, np.stack([intact, blank]), atol=1e-4)
 
 
+def test_a_model_that_writes_is_asked_for_its_answer(writer: Callable[[str], Path], asked: list[Sample]) -> None:
+    """Cross entropy of the words that it wrote, by runs of the whole text with blank pixels, and without its prompt."""
+    folder = writer("llava")
+    analyser = ModalityAblation(language="answer", vision="answer", operators=("zero",), text_operator="drop")
+    spec = ExtractSpec(frozenset({"score"}), generate=4)
+    run = attnscope.extract(folder, asked, [analyser], spec=spec)
+    result = analyse(run, analyser, save=False).squeeze()
+    loaded = attnscope.loading.load_model(folder)  # type: ignore[attr-defined]
+    losses = []
+    for sample in asked:
+        inputs = loaded.family.encode([sample], loaded)
+        ids = loaded.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        start, is_image = inputs["input_ids"].shape[1], ids[0] == 4
+        alone = torch.cat([ids[:, :start][:, is_image[:start]], ids[:, start:]], dim=1)
+        row = []
+        for text_of, pixels in ((ids, 1), (ids, 0), (alone, 1)):
+            written = text_of.shape[1] - ids.shape[1] + start
+            given = {"input_ids": text_of, "pixel_values": pixels * inputs["pixel_values"]}
+            with torch.no_grad():
+                told = torch.log_softmax(loaded.model(**given).logits[0].double(), -1)
+            chosen = [told[at - 1, text_of[0, at]] for at in range(written, text_of.shape[1])]
+            row.append(float(-torch.stack(chosen).mean()) / np.log(2))
+        losses.append(row)
+    intact, blank, mute = np.mean(losses, axis=0)
+    np.testing.assert_allclose(result["loss"].sel(direction="vision_for_language", level="none"), intact, rtol=1e-4)
+    np.testing.assert_allclose(result["loss"].sel(direction="vision_for_language", level="all"), blank, rtol=1e-4)
+    np.testing.assert_allclose(result["loss"].sel(direction="language_for_vision", level="all"), mute, rtol=1e-4)
+    assert result["loss"].attrs["units"] == "bit"
+    # Without phrases there is no part of either to take away, and both samples count all the same.
+    assert np.isnan(result["loss"].sel(level="part")).all()
+    assert (result["examples"] == 2).all()
+    assert (result["skipped"] == 0).all()
+    each = np.array([(row[1] - row[0]) - (row[2] - row[0]) for row in losses])
+    np.testing.assert_allclose(result["asymmetry"], each.mean(), rtol=1e-4)
+    np.testing.assert_allclose(result["asymmetry_effect_size"], each.mean() / each.std(ddof=1), rtol=1e-3)
+    silent = attnscope.extract(folder, asked, [analyser], spec=ExtractSpec(frozenset({"score"})))
+    with pytest.raises(ValueError, match="holds no answers"):
+        analyse(silent, analyser, save=False)
+
+
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="an operator and a direction at least"):
         ModalityAblation(language="none")

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -24,6 +22,7 @@ from attnscope.run import Run, open_run
 from attnscope.samples import Sample
 from attnscope_relevance import Relevance
 
+Writer = Callable[[str], Path]
 Maps = list[tuple[str, np.ndarray, np.ndarray]]
 ALL = ("relevance", "rollout", "attention", "gradcam", "gradient")
 
@@ -404,59 +403,8 @@ def test_residual_sums_are_found_in_every_layer(name: str) -> None:
 
 # -- each written token as a target ------------------------------------------------------------------------------------
 
-WORDS = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "a", "cat", "and", "the", "dog", "on", "box", "two", "red", "big"]
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-LLAMA = {
-    "vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64, **SPECIAL,
-}  # fmt: skip
 MOST = 4
 EACH = Relevance(target="generated", methods=ALL)
-
-
-def words() -> hf.PreTrainedTokenizerFast:
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    roles = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    return hf.PreTrainedTokenizerFast(tokenizer_object=inner, extra_special_tokens=["<image>"], **roles)
-
-
-def llama(folder: Path) -> Path:
-    widened(hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)), 0.3).save_pretrained(folder)
-    words().save_pretrained(folder)
-    return folder
-
-
-def bart(folder: Path) -> Path:
-    config = hf.BartConfig(
-        vocab_size=len(WORDS), d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, **SPECIAL,
-        decoder_start_token_id=2, forced_eos_token_id=None,
-    )  # fmt: skip
-    widened(hf.BartForConditionalGeneration(config), 0.3).save_pretrained(folder)
-    words().save_pretrained(folder)
-    return folder
-
-
-def llava(folder: Path) -> Path:
-    tower = {**VISION, "image_size": 32, "patch_size": 8, "model_type": "clip_vision_model"}
-    config = hf.LlavaConfig(text_config={**LLAMA, "model_type": "llama"}, vision_config=tower, image_token_index=4)
-    model = widened(hf.LlavaForConditionalGeneration(config), 0.3)
-    model.generation_config.suppress_tokens = [4]
-    model.save_pretrained(folder)
-    pixels = hf.CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
-    hf.LlavaProcessor(
-        pixels, words(), patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
-    ).save_pretrained(folder)
-    return folder
-
-
-def asked() -> list[Sample]:
-    pixels = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8)
-    texts = ("a cat", "the big dog and a red cat")
-    return [
-        Sample(f"s{i}", image=Image.fromarray(p), text=t) for i, (p, t) in enumerate(zip(pixels, texts, strict=True))
-    ]
 
 
 def each_written(folder: Path, samples: list[Sample], out: str | None = None, **options: Any) -> Run:
@@ -491,20 +439,23 @@ def assert_each_close(found: Any, stream: str, at: tuple[int, int], expected: di
         assert not np.nan_to_num(mine[len(row) :]).any()
 
 
-@pytest.mark.parametrize(("build", "stream", "pattern"), [(llama, "text", "self_attn"), (llava, "joint", "language")])
+@pytest.mark.parametrize(
+    ("model", "stream", "pattern"), [("llama", "text", "self_attn"), ("llava", "joint", "language")]
+)
 def test_each_token_that_a_decoder_writes_is_what_a_run_over_its_prefix_says(
-    build: Callable[[Path], Path], stream: str, pattern: str, tmp_path: Path
+    model: str, stream: str, pattern: str, writer: Writer, asked: list[Sample]
 ) -> None:
-    run = each_written(build(tmp_path), asked())
+    folder = writer(model)
+    run = each_written(folder, asked)
     found = attnscope.analyse(run, EACH, save=False)
-    for sample, one in enumerate(asked()):
-        steps = prefixes(tmp_path, one)
+    for sample, one in enumerate(asked):
+        steps = prefixes(folder, one)
         assert len(steps) >= 2
         for answer, (place, maps) in enumerate(steps):
             mine = [m for m in maps if pattern in m[0]]
             assert_each_close(found, stream, (sample, answer), single_stream(mine, 0, place - 1, slice(None)))
-            if build is llava:
-                # The image encoder has a gradient as well; its last layer isn't read, so that CLS stands for its tokens.
+            if model == "llava":
+                # The image encoder has a gradient as well; its last layer isn't read: CLS stands for it.
                 tower = [equation_5(a[0], g[0]) for n, a, g in maps if "vision" in n]
                 assert tower[0].any()
                 assert_each_close(found, "vision", (sample, answer), {"relevance": chain(tower)[0]})
@@ -515,12 +466,13 @@ def test_each_token_that_a_decoder_writes_is_what_a_run_over_its_prefix_says(
         )
 
 
-def test_each_token_that_a_decoder_beside_an_encoder_writes(tmp_path: Path) -> None:
-    run = each_written(bart(tmp_path), asked())
+def test_each_token_that_a_decoder_beside_an_encoder_writes(writer: Writer, asked: list[Sample]) -> None:
+    folder = writer("bart")
+    run = each_written(folder, asked)
     found = attnscope.analyse(run, EACH, save=False)
     assert found.attrs["readout"] == "decoder: the token before each written one"
-    for sample, one in enumerate(asked()):
-        steps = prefixes(tmp_path, one)
+    for sample, one in enumerate(asked):
+        steps = prefixes(folder, one)
         assert len(steps) >= 2
         for answer, (place, maps) in enumerate(steps):
             cams = {name: equation_5(a[0], g[0]) for name, a, g in maps}
@@ -537,27 +489,30 @@ def test_each_token_that_a_decoder_beside_an_encoder_writes(tmp_path: Path) -> N
             assert_each_close(found, "decoder", (sample, answer), kept)
 
 
-def test_the_score_of_what_was_written_is_its_mean_logit_and_its_words_are_told(tmp_path: Path) -> None:
-    run = each_written(llama(tmp_path), asked())
+def test_the_score_of_what_was_written_is_its_mean_logit_and_its_words_are_told(
+    writer: Writer, asked: list[Sample]
+) -> None:
+    folder = writer("llama")
+    run = each_written(folder, asked)
     found = attnscope.analyse(run, EACH, save=False)
-    loaded = load_model(tmp_path)
-    for sample, one in enumerate(asked()):
+    loaded = load_model(folder)
+    for sample, one in enumerate(asked):
         inputs = loaded.family.encode([one], loaded)
         given = inputs["input_ids"].shape[1]
         ids = loaded.model.generate(**inputs, max_new_tokens=MOST, do_sample=False)
         logits = loaded.model(ids).logits[0, given - 1 : -1].gather(-1, ids[0, given:, None]).mean()
         np.testing.assert_allclose(run.outputs["score"].values[0, sample], logits.detach(), rtol=1e-5)
         said = [w for w in found["answer_text"].values[sample].tolist() if w]
-        assert said == [WORDS[i] for i in ids[0, given:].tolist()]
+        assert said == loaded.tokenizer.convert_ids_to_tokens(ids[0, given:].tolist())
         # Samples that wrote fewer tokens have nothing for the others.
         assert np.isnan(found["each_relevance"].values[0, sample, len(said) :]).all()
     assert "each written token" in attnscope.render(run, [found])
 
 
-def test_written_tokens_are_weighted_each_by_its_own_gradient(tmp_path: Path) -> None:
+def test_written_tokens_are_weighted_each_by_its_own_gradient(writer: Writer, asked: list[Sample]) -> None:
     analyser = Relevance(target="generated", methods=("relevance",), weighting="gradient")
     spec = ExtractSpec(frozenset({"score"}))
-    run = attnscope.extract(llama(tmp_path), asked()[:1], [analyser], spec=spec, generate=MOST)
+    run = attnscope.extract(writer("llama"), asked[:1], [analyser], spec=spec, generate=MOST)
     found = attnscope.analyse(run, analyser, save=False)
     shares = run.array("text.self", "answer_residual").values[0]
     # The logit of a written token doesn't depend on what stands behind it.
@@ -574,23 +529,26 @@ def test_written_tokens_are_weighted_each_by_its_own_gradient(tmp_path: Path) ->
         assert not (shares[:, answer, given + answer :] != 1).any()
 
 
-def test_maps_of_written_tokens_are_checked_grown_and_read_back(tmp_path: Path) -> None:
-    long, short = reversed(asked())
+def test_maps_of_written_tokens_are_checked_grown_and_read_back(
+    writer: Writer, asked: list[Sample], tmp_path: Path
+) -> None:
+    long, short = reversed(asked)
+    folder = writer("llama")
     out = str(tmp_path / "run.zarr")
-    each_written(llama(tmp_path / "model"), [long], out, grow=True)
-    each_written(tmp_path / "model", [long, short], out, grow=True)
+    each_written(folder, [long], out, grow=True)
+    each_written(folder, [long, short], out, grow=True)
     run = open_run(out)
     assert check_run(run).faults == ()
-    whole = each_written(tmp_path / "model", [long, short])
+    whole = each_written(folder, [long, short])
     for name in ("answer_relevance", "answer_gradcam", "answer_gradient"):
         stored, size = run.array("text.self", name), whole.plan.streams["text"]
         assert stored.dims == ("sample", "layer", "answer", "query_token", "key_token")
         np.testing.assert_array_equal(stored.values[..., :size, :size], whole.array("text.self", name).values)
 
 
-def test_written_tokens_are_no_target_of_a_model_that_does_not_write(tmp_path: Path) -> None:
+def test_written_tokens_are_no_target_of_a_model_that_does_not_write(writer: Writer, asked: list[Sample]) -> None:
     spec = ExtractSpec(frozenset({"score"}))
     with pytest.raises(ModelError, match="give generate=N"):
-        attnscope.extract(llama(tmp_path), asked(), [EACH], spec=spec)
+        attnscope.extract(writer("llama"), asked, [EACH], spec=spec)
     with pytest.raises(ValueError, match="extract with generate=N"):
         written_logits(object(), {}, None)  # type: ignore[arg-type]

@@ -99,14 +99,15 @@ def written_logits(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "Loa
     What is read from left to right tells a token from those before it alone, so that one forward over the whole text
     gives each of these logits, and its gradients, as the step did that wrote the token.
     """
-    logits = _first(outputs, "logits")
-    if WRITTEN not in inputs or logits is None or logits.ndim != 3:
+    if WRITTEN not in inputs:
         raise ValueError(
             "the target 'generated' is what the model writes by itself: extract with generate=N (--generate N)"
         )
-    written = int(inputs[WRITTEN].min())
-    ids = inputs["decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"][:, -written:]
-    return logits[:, -written - 1 : -1].gather(-1, ids.to(logits.device)[..., None])[..., 0]
+    labels = inputs[LABELS]
+    logits = word_logits(outputs, labels.shape[1], loaded)
+    rows, places = (labels != UNASKED).nonzero(as_tuple=True)
+    asked = logits[rows.to(logits.device), (places - 1).to(logits.device)]
+    return asked.gather(-1, labels[rows, places].to(logits.device)[:, None])[:, 0].reshape(len(labels), -1)
 
 
 def generated(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedModel") -> "Tensor":
