@@ -45,9 +45,10 @@ class ModalityAblation:
     """Loss with the other modality intact, without the part that matters, and without all of it.
 
     `language` is what the model is asked for while the image is ablated: the masked 'phrase' (bits), its own 'target'
-    score, the 'answer' that it wrote behind the prompt (bits a token, of a run with `generate`), or 'none' to leave the
-    direction out; `vision` while words are: the masked 'object' (bits, of a model that tells its image tokens), the
-    'target', the 'answer', or 'none'. `operators` stand in the place of image tokens, one result each;
+    score, its 'answer' (bits a token: what it wrote behind the prompt, of a run with `generate`; what a text's mask
+    tokens stand for; else the class or word that it says of the intact input), or 'none' to leave the direction out;
+    `vision` while words are: the masked 'object' (bits, of a model that tells its image tokens), the 'target', the
+    'answer', or 'none'. `operators` stand in the place of image tokens, one result each;
     `threshold` of the overlap from which an image token belongs to an object, with a sweep over `thresholds`.
     """
 
@@ -101,8 +102,6 @@ class ModalityAblation:
     def analyse(self, run: Run) -> xr.Dataset:
         """Losses, influences and effect sizes (direction, operator, level), with intervals over samples."""
         extracted = run.status == _EXTRACTED
-        if "answer" in (self.language, self.vision) and not run.spec.generate:
-            raise ValueError(f"{run.location} holds no answers: the model writes them where --generate N is given")
         parts = [self._direction(run, direction, extracted) for direction in self._directions]
         along = xr.Variable("direction", np.array(self._directions, object))
         result = xr.concat(parts, along, combine_attrs="override")
@@ -132,6 +131,10 @@ class ModalityAblation:
         counted = [at for at, condition in enumerate(conditions) if has_parts or not _is_part(condition)]
         there = (outputs["changed"].values >= 0) & np.isfinite(values.values)
         whole = there[counted].all(0) & extracted[:, None]
+        if ask == "answer" and not whole.any():
+            raise ValueError(
+                f"{run.location} holds no answers: its target is none that a model gives as a class or word"
+            )
         return np.where(whole, values.values, np.nan), outputs
 
     def _direction(self, run: Run, direction: str, extracted: np.ndarray) -> xr.Dataset:

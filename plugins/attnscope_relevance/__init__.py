@@ -111,7 +111,11 @@ class Relevance:
         reader = Reader(
             run, events, self.row, self.methods, None if self.weighting == "none" else f"residual_{self.weighting}"
         )
-        answers = run.plan.answers if self.target == EACH_WRITTEN else 1
+        answers = run.spec.generate if self.target == EACH_WRITTEN else 1
+        if not answers:
+            raise ValueError(
+                f"{run.location} holds nothing that the model wrote; extract with generate=N (--generate N)"
+            )
         each = {s: np.full((len(self.methods), len(run.status), answers, n), np.nan, np.float32)
                 for s, n in run.plan.streams.items() if s in reached}  # fmt: skip
         dead = {s: np.zeros((2, len(run.status)), np.int64) for s in reached}
@@ -301,7 +305,7 @@ def _with_answers(run: Run, result: xr.Dataset, methods: Sequence[str], each: Se
                                       {"long_name": f"{METHODS[method].meaning}, for each written token", "units": "1"})
         for number, method in enumerate(methods)
     }  # fmt: skip
-    words = np.full((result.sizes["sample"], run.plan.answers), "", object)
+    words = np.full((result.sizes["sample"], run.spec.generate), "", object)
     for stream in run.streams:
         tokens_of = run.tokens(stream)
         is_written = is_of_kind(tokens_of["kind"].values, "generated")

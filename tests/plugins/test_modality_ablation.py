@@ -1,5 +1,6 @@
 """Ablation of a modality: known losses, models with a modality cut off, and a model ablated by hand."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,6 @@ def test_two_streams_cut_from_each_other_have_no_influence_in_either_direction(t
         words = loaded.tokenizer([s.text for s in given], padding=True, return_tensors="pt")
         return {**words, **{name: tensor[rows] for name, tensor in inputs.items()}}
 
-    import dataclasses
-
     from attnscope import loading
     from attnscope.families import find_family
 
@@ -216,9 +215,27 @@ def test_a_model_that_writes_is_asked_for_its_answer(writer: Callable[[str], Pat
     each = np.array([(row[1] - row[0]) - (row[2] - row[0]) for row in losses])
     np.testing.assert_allclose(result["asymmetry"], each.mean(), rtol=1e-4)
     np.testing.assert_allclose(result["asymmetry_effect_size"], each.mean() / each.std(ddof=1), rtol=1e-3)
-    silent = attnscope.extract(folder, asked, [analyser], spec=ExtractSpec(frozenset({"score"})))
+    placed = attnscope.extract(folder, asked, [analyser], spec=ExtractSpec(frozenset({"score"}), target="token:0"))
     with pytest.raises(ValueError, match="holds no answers"):
-        analyse(silent, analyser, save=False)
+        analyse(placed, analyser, save=False)
+
+
+def test_the_answer_of_a_text_with_masks_is_what_they_stand_for(tmp_path: Path, scenes: list[Sample]) -> None:
+    model = vilt(tmp_path)
+    samples = [
+        dataclasses.replace(s, text="a [MASK] cat on the box", regions=(), targets={"masked": "red"}) for s in scenes
+    ]
+    analyser = ModalityAblation(language="answer", operators=("zero",), target="masked")
+    run = attnscope.extract(tmp_path, samples, [analyser], spec=ExtractSpec(frozenset({"score"})), target="masked")
+    result = analyse(run, analyser, save=False).squeeze()
+    loaded = attnscope.loading.load_model(tmp_path)  # type: ignore[attr-defined]
+    inputs = {k: v for k, v in loaded.family.encode(samples, loaded).items() if not k.startswith("_")}
+    place, word = 2, loaded.tokenizer.convert_tokens_to_ids("red")
+    for level, scale in (("none", 1), ("all", 0)):
+        with torch.no_grad():
+            logits = model(**{**inputs, "pixel_values": scale * inputs["pixel_values"]}).logits[:, place].double()
+        told = float(-torch.log_softmax(logits, -1)[:, word].mean()) / np.log(2)
+        np.testing.assert_allclose(result["loss"].sel(level=level), told, rtol=1e-5)
 
 
 def test_options_are_checked() -> None:

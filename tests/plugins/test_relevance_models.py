@@ -529,6 +529,21 @@ def test_written_tokens_are_weighted_each_by_its_own_gradient(writer: Writer, as
         assert not (shares[:, answer, given + answer :] != 1).any()
 
 
+def test_written_tokens_are_explained_without_a_gradient_too(writer: Writer, asked: list[Sample]) -> None:
+    """Rollout and attention of the row before each token, from one map for all of them."""
+    plain = Relevance(target="generated", methods=("rollout", "attention"))
+    spec = ExtractSpec(frozenset({"score"}))
+    run = attnscope.extract(writer("llama"), asked, [plain], spec=spec, generate=MOST)
+    assert "answer_relevance" not in run.quantities("text.self")
+    found = attnscope.analyse(run, plain, save=False)
+    whole = attnscope.analyse(each_written(writer("llama"), asked), EACH, save=False)
+    for name in ("each_rollout", "each_attention", "rollout"):
+        np.testing.assert_allclose(found[name], whole[name], rtol=1e-6)
+    silent = attnscope.extract(writer("llama"), asked, [Relevance(methods=("rollout",))], spec=spec)
+    with pytest.raises(ValueError, match="holds nothing that the model wrote"):
+        plain.analyse(silent)
+
+
 def test_maps_of_written_tokens_are_checked_grown_and_read_back(
     writer: Writer, asked: list[Sample], tmp_path: Path
 ) -> None:
