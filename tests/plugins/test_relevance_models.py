@@ -1,6 +1,7 @@
 """Relevance of tiny models of every wiring against equations 5 to 11 written out with loops over an eager backward."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,17 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 import attnscope
+from attnscope.checking import check_run
 from attnscope.compatibility import joint_models
 from attnscope.compatibility.examples import TEXT, VISION, image, numbers, text, widened
+from attnscope.families.scores import written_logits
+from attnscope.loading import ModelError, load_model
 from attnscope.quantities import ExtractSpec
+from attnscope.run import Run, open_run
+from attnscope.samples import Sample
 from attnscope_relevance import Relevance
 
+Writer = Callable[[str], Path]
 Maps = list[tuple[str, np.ndarray, np.ndarray]]
 ALL = ("relevance", "rollout", "attention", "gradcam", "gradient")
 
@@ -392,3 +399,171 @@ def test_residual_sums_are_found_in_every_layer(name: str) -> None:
         assert np.nanstd(shares) > 1e-3
     result = attnscope.analyse(run, analyser, save=False)
     assert np.isfinite(result["relevance"]).any()
+
+
+# -- each written token as a target ------------------------------------------------------------------------------------
+
+MOST = 4
+EACH = Relevance(target="generated", methods=ALL)
+
+
+def each_written(folder: Path, samples: list[Sample], out: str | None = None, **options: Any) -> Run:
+    spec = ExtractSpec(frozenset({"score"}))
+    return attnscope.extract(folder, samples, [EACH], out, spec=spec, generate=MOST, **options)
+
+
+def prefixes(folder: Path, sample: Sample) -> list[tuple[int, Maps]]:
+    """For each token that an eager model writes, its place, and the maps of a run over what is before it."""
+    loaded = load_model(folder, attn_implementation="eager")
+    name = "decoder_input_ids" if loaded.config.is_encoder_decoder else "input_ids"
+    inputs = loaded.family.encode([sample], loaded)
+    given = {k: v for k, v in inputs.items() if not k.startswith("decoder_")}
+    ids = loaded.model.generate(**given, max_new_tokens=MOST, do_sample=False)
+    start = 1 if loaded.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    found = []
+    for place in range(start, ids.shape[1]):
+        one = {**inputs, name: ids[:, :place]}
+        if "decoder_attention_mask" in one or name == "input_ids":
+            one[name.replace("input_ids", "attention_mask")] = torch.ones_like(one[name])
+        maps = spied(loaded.model, one, lambda outputs, place=place: outputs.logits[:, -1, ids[0, place]])
+        found.append((place, maps))
+    return found
+
+
+def assert_each_close(found: Any, stream: str, at: tuple[int, int], expected: dict[str, np.ndarray]) -> None:
+    for name, row in expected.items():
+        mine = found[f"each_{name}"].sel(stream=stream).isel(sample=at[0], answer=at[1]).values
+        limits = {"rtol": 1e-5, "atol": 1e-5 * np.abs(row).max()}
+        np.testing.assert_allclose(mine[: len(row)], row, err_msg=f"{stream} {name}", **limits)
+        # What was written later has no part in it.
+        assert not np.nan_to_num(mine[len(row) :]).any()
+
+
+@pytest.mark.parametrize(
+    ("model", "stream", "pattern"), [("llama", "text", "self_attn"), ("llava", "joint", "language")]
+)
+def test_each_token_that_a_decoder_writes_is_what_a_run_over_its_prefix_says(
+    model: str, stream: str, pattern: str, writer: Writer, asked: list[Sample]
+) -> None:
+    folder = writer(model)
+    run = each_written(folder, asked)
+    found = attnscope.analyse(run, EACH, save=False)
+    for sample, one in enumerate(asked):
+        steps = prefixes(folder, one)
+        assert len(steps) >= 2
+        for answer, (place, maps) in enumerate(steps):
+            mine = [m for m in maps if pattern in m[0]]
+            assert_each_close(found, stream, (sample, answer), single_stream(mine, 0, place - 1, slice(None)))
+            if model == "llava":
+                # The image encoder has a gradient as well; its last layer isn't read: CLS stands for it.
+                tower = [equation_5(a[0], g[0]) for n, a, g in maps if "vision" in n]
+                assert tower[0].any()
+                assert_each_close(found, "vision", (sample, answer), {"relevance": chain(tower)[0]})
+        length = steps[-1][0] + 1
+        mean = found["each_relevance"].sel(stream=stream).isel(sample=sample).values[: len(steps)].mean(0)[:length]
+        np.testing.assert_allclose(
+            found["relevance"].sel(stream=stream).isel(sample=sample).values[:length], mean, rtol=1e-5
+        )
+
+
+def test_each_token_that_a_decoder_beside_an_encoder_writes(writer: Writer, asked: list[Sample]) -> None:
+    folder = writer("bart")
+    run = each_written(folder, asked)
+    found = attnscope.analyse(run, EACH, save=False)
+    assert found.attrs["readout"] == "decoder: the token before each written one"
+    for sample, one in enumerate(asked):
+        steps = prefixes(folder, one)
+        assert len(steps) >= 2
+        for answer, (place, maps) in enumerate(steps):
+            cams = {name: equation_5(a[0], g[0]) for name, a, g in maps}
+            encoder = [cams[n] for n in cams if ".encoder.layers" in n]
+            own = [cams[n] for n in cams if ".decoder.layers" in n and n.endswith("self_attn")]
+            across = [cams[n] for n in cams if "encoder_attn" in n]
+            mine, theirs = encoder_decoder(encoder, list(zip(own, across, strict=True)), row=place - 1)
+            assert_each_close(found, "decoder", (sample, answer), {"relevance": mine})
+            assert_each_close(found, "text", (sample, answer), {"relevance": theirs})
+            last = next(
+                (a[0], g[0]) for n, a, g in reversed(maps) if ".decoder.layers" in n and n.endswith("self_attn")
+            )
+            kept = {name: values[place - 1] for name, values in last_of(*last).items()}
+            assert_each_close(found, "decoder", (sample, answer), kept)
+
+
+def test_the_score_of_what_was_written_is_its_mean_logit_and_its_words_are_told(
+    writer: Writer, asked: list[Sample]
+) -> None:
+    folder = writer("llama")
+    run = each_written(folder, asked)
+    found = attnscope.analyse(run, EACH, save=False)
+    loaded = load_model(folder)
+    for sample, one in enumerate(asked):
+        inputs = loaded.family.encode([one], loaded)
+        given = inputs["input_ids"].shape[1]
+        ids = loaded.model.generate(**inputs, max_new_tokens=MOST, do_sample=False)
+        logits = loaded.model(ids).logits[0, given - 1 : -1].gather(-1, ids[0, given:, None]).mean()
+        np.testing.assert_allclose(run.outputs["score"].values[0, sample], logits.detach(), rtol=1e-5)
+        said = [w for w in found["answer_text"].values[sample].tolist() if w]
+        assert said == loaded.tokenizer.convert_ids_to_tokens(ids[0, given:].tolist())
+        # Samples that wrote fewer tokens have nothing for the others.
+        assert np.isnan(found["each_relevance"].values[0, sample, len(said) :]).all()
+    assert "each written token" in attnscope.render(run, [found])
+
+
+def test_written_tokens_are_weighted_each_by_its_own_gradient(writer: Writer, asked: list[Sample]) -> None:
+    analyser = Relevance(target="generated", methods=("relevance",), weighting="gradient")
+    spec = ExtractSpec(frozenset({"score"}))
+    run = attnscope.extract(writer("llama"), asked[:1], [analyser], spec=spec, generate=MOST)
+    found = attnscope.analyse(run, analyser, save=False)
+    shares = run.array("text.self", "answer_residual").values[0]
+    # The logit of a written token doesn't depend on what stands behind it.
+    maps = run.array("text.self", "answer_relevance").values[0]
+    given = 2
+    for answer in range(int((found["answer_text"].values[0] != "").sum())):
+        row = np.eye(maps.shape[-1])[given + answer - 1]
+        for layer in reversed(range(len(maps))):
+            kept = shares[layer, answer].astype(float)
+            row = row * kept + (row * (2 - kept)) @ np.nan_to_num(maps[layer, answer].astype(float))
+        np.testing.assert_allclose(
+            np.nan_to_num(found["each_relevance"].values[0, 0, answer]), row, rtol=1e-5, atol=1e-6
+        )
+        assert not (shares[:, answer, given + answer :] != 1).any()
+
+
+def test_written_tokens_are_explained_without_a_gradient_too(writer: Writer, asked: list[Sample]) -> None:
+    """Rollout and attention of the row before each token, from one map for all of them."""
+    plain = Relevance(target="generated", methods=("rollout", "attention"))
+    spec = ExtractSpec(frozenset({"score"}))
+    run = attnscope.extract(writer("llama"), asked, [plain], spec=spec, generate=MOST)
+    assert "answer_relevance" not in run.quantities("text.self")
+    found = attnscope.analyse(run, plain, save=False)
+    whole = attnscope.analyse(each_written(writer("llama"), asked), EACH, save=False)
+    for name in ("each_rollout", "each_attention", "rollout"):
+        np.testing.assert_allclose(found[name], whole[name], rtol=1e-6)
+    silent = attnscope.extract(writer("llama"), asked, [Relevance(methods=("rollout",))], spec=spec)
+    with pytest.raises(ValueError, match="holds nothing that the model wrote"):
+        plain.analyse(silent)
+
+
+def test_maps_of_written_tokens_are_checked_grown_and_read_back(
+    writer: Writer, asked: list[Sample], tmp_path: Path
+) -> None:
+    long, short = reversed(asked)
+    folder = writer("llama")
+    out = str(tmp_path / "run.zarr")
+    each_written(folder, [long], out, grow=True)
+    each_written(folder, [long, short], out, grow=True)
+    run = open_run(out)
+    assert check_run(run).faults == ()
+    whole = each_written(folder, [long, short])
+    for name in ("answer_relevance", "answer_gradcam", "answer_gradient"):
+        stored, size = run.array("text.self", name), whole.plan.streams["text"]
+        assert stored.dims == ("sample", "layer", "answer", "query_token", "key_token")
+        np.testing.assert_array_equal(stored.values[..., :size, :size], whole.array("text.self", name).values)
+
+
+def test_written_tokens_are_no_target_of_a_model_that_does_not_write(writer: Writer, asked: list[Sample]) -> None:
+    spec = ExtractSpec(frozenset({"score"}))
+    with pytest.raises(ModelError, match="give generate=N"):
+        attnscope.extract(writer("llama"), asked, [EACH], spec=spec)
+    with pytest.raises(ValueError, match="extract with generate=N"):
+        written_logits(object(), {}, None)  # type: ignore[arg-type]

@@ -96,7 +96,7 @@ def _row(scene: Scene) -> dict[str, np.ndarray]:
     classes = np.array([CLASSES.index(" ".join(thing.pair)) for thing in scene.things] + [GROUND], np.int8)
     parts = _patch_parts(labels, len(scene.things))
     patch_things = np.where(parts.max(0) >= _LEAST_PART, parts.argmax(0), -1).astype(np.int8)
-    boxes = boxes_of(regions_of(caption, labels, len(scene.things)), image.size, REGIONS)
+    boxes = boxes_of(regions_of(caption, labels, scene.things), image.size, REGIONS)
     region_things = _box_things(boxes, labels, len(scene.things))
     negatives = contradict(scene, caption)
     questions = {question.kind: question for question in ask(scene)}
