@@ -165,8 +165,13 @@ class Reader:
 
     def _share(self, event: Event) -> np.ndarray:
         """The weight of the residual of each real query; 1 where it isn't known."""
-        values = self._run.array(event.site, str(self._shares)).isel(sample=self._sample, layer=event.position).values
-        values = values[self._real(event.queries)].astype(float)
+        name = str(self._shares)
+        values = self._held.get((name, event))
+        if values is None:
+            at = slice(self._window.start, self._window.stop)
+            values = self._run.array(event.site, name).isel(sample=at, layer=event.position).values
+            self._held[name, event] = values
+        values = values[self._sample - self._window.start, self._real(event.queries)].astype(float)
         return np.where(np.isfinite(values), values, 1.0)
 
     def _map(self, event: Event, quantity: str) -> np.ndarray:
