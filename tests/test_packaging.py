@@ -50,7 +50,7 @@ ANALYSIS = ("statistics", "reading", "report", "plugins", "analysis", "rendering
 EMBEDDED = ("embedded", "reference")
 REFERENCE = tuple(
     f"reference.{name}"
-    for name in ("corpus", "learners", "lessons", "examining", "training", "weights", "models", "making")
+    for name in ("corpus", "mapper", "learners", "lessons", "examining", "training", "weights", "models", "making")
 )
 MODEL_LINE = (
     "recording",

@@ -48,7 +48,7 @@ def train(
     without: Sequence[str],
     engine: str | None,
 ) -> None:
-    """Train the model NAME (vilt, clip, lxmert or text) from its recipe.
+    """Train the model NAME (vilt, clip, lxmert, text or mapper) from its recipe.
 
     The same command again finishes what was cut short. The same recipe and seed give the same weights.
     """

@@ -11,6 +11,9 @@ _ABOUT = {
     " (`patch_classifier`, a linear layer on the image's last hidden states).",
     "lxmert": "Two streams with co-attention (LXMERT); its regions are what a sample's boxes show, 8 x 8 pixels each."
     " All heads are LXMERT's own: masked words, matching, object classes, answers.",
+    "mapper": "The carried CLIP's two encoders, frozen, and a mapper behind them in which text and image attend to"
+    " themselves and to each other, with a head for answers and a decoder that writes captions: CLIPmapper (Huang et"
+    " al. 2023) in small, as far as its abstract says what that is.",
     "text": "Captions alone (BERT, masked words): a control that never saw an image, so that its figures are the prior"
     " of the language.",
 }
@@ -22,6 +25,10 @@ _NOTES = {
     " whether something is there.",
     "clip": "R@1 is among 256 scenes, some of which may share a caption. 'beats' figures compare a true caption with"
     " one that is wrong in one thing.",
+    "mapper": "'attributes' are the questions for a colour, a shape, and whether something is there. 'captions tokens'"
+    " and 'bits' are of each word behind the true ones; which things a caption mentions, and in which order, nobody can"
+    " tell from the picture. 'captions true' is the share of greedy captions with phrases that are all true: a thing of"
+    " the scene has their colour and shape, and their size where they name one; 'phrases' counts each by itself.",
     "text": "Captions of normal scenes name no colour and no shape twice, which the words give away.",
 }
 _NOTES["lxmert"] = (

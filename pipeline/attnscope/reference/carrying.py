@@ -15,11 +15,12 @@ HEADS = {
     "clip": {"similarity": "CLIPModel"},
     "lxmert": {"all": "LxmertWithObjects"},
     "text": {"words": "BertForMaskedLM"},
+    "mapper": {"answers": "MapperForQuestionAnswering", "captions": "MapperForConditionalGeneration"},
 }
 
 
 def path(name: str) -> Path:
-    """The folder of a carried model, for `from_pretrained`: 'vilt', 'clip', 'lxmert' or 'text'.
+    """The folder of a carried model, for `from_pretrained`: 'vilt', 'clip', 'lxmert', 'text' or 'mapper'.
 
     Raises
     ------

@@ -17,6 +17,7 @@ from attnscope.reference.examining import (
     Figure,
     Items,
     examine_answers,
+    examine_captions,
     examine_matching,
     examine_retrieval,
     examine_units,
@@ -143,4 +144,5 @@ _EXAMINATIONS: dict[str, tuple[Callable[..., dict[str, Items]], ...]] = {
     "lxmert": _JOINT,
     "clip": (examine_retrieval,),
     "text": (_words,),
+    "mapper": (_prefixed("answers", examine_answers), _prefixed("captions", examine_captions)),
 }

@@ -1,4 +1,4 @@
-"""Transformers' own models with one thing more in what they give: the class of each of the image's tokens."""
+"""Classes of the carried models beside transformers' own: with the class of each image token, or behind a mapper."""
 
 from dataclasses import dataclass
 from functools import wraps
@@ -11,6 +11,16 @@ from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.lxmert.modeling_lxmert import LxmertForPreTrainingOutput
 
 from attnscope.reference.corpus import CLASSES
+from attnscope.reference.mapper import MapperForConditionalGeneration, MapperForQuestionAnswering
+
+__all__ = [
+    "AllOfLxmert",
+    "LxmertWithObjects",
+    "MapperForConditionalGeneration",
+    "MapperForQuestionAnswering",
+    "ViltForWordsAndPatches",
+    "WordsAndPatches",
+]
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from attnscope.reference.corpus import Corpus, build_corpus
 from attnscope.reference.examining import (
+    Items,
     examine_answers,
+    examine_captions,
     examine_matching,
     examine_retrieval,
     examine_words,
 )
-from attnscope.reference.learners import LEARNERS, Clip, JointLearner
-from attnscope.reference.lessons import HARD_SHARE, contrastive_losses, joint_losses, word_losses
+from attnscope.reference.learners import LEARNERS, Clip, JointLearner, Mapper
+from attnscope.reference.lessons import HARD_SHARE, contrastive_losses, joint_losses, mapper_losses, word_losses
 from attnscope.reference.scenes import WORLD_VERSION
 
 
@@ -55,6 +57,7 @@ RECIPES = {
     "clip": Recipe("clip", steps=2500, goals={"image_to_text": 0.62, "text_to_image": 0.62}),
     "lxmert": Recipe("lxmert", decay=200, hard_from=600, goals=_JOINT_GOALS),
     "text": Recipe("text", steps=400, decay=200),
+    "mapper": Recipe("mapper", decay=300, peak_rate=2e-3, goals={"answers_attributes": 0.98, "captions_true": 0.98}),
 }
 
 
@@ -222,9 +225,10 @@ class Training:
             with torch.no_grad():
                 for name, parameter in self.learner.named_parameters():
                     parameter.copy_(file.get_tensor(f"weights/{name}"))
-                    self._optimizer.state[parameter] = {
-                        key: file.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")
-                    }
+                    if parameter.requires_grad:
+                        self._optimizer.state[parameter] = {
+                            key: file.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")
+                        }
                 for name, value in self._kept():
                     value.copy_(file.get_tensor(f"kept/{name}"))
         self._state = _State(**state)
@@ -233,9 +237,16 @@ class Training:
 
 def _joint_figures(learner: JointLearner, corpus: Corpus) -> dict[str, float]:
     examined = (("matching", examine_matching(learner, corpus)), ("answers", examine_answers(learner, corpus)))
-    return _word_figures(learner, corpus) | {
-        f"{prefix}_{name}": float(items.values.mean()) for prefix, found in examined for name, items in found.items()
-    }
+    return _word_figures(learner, corpus) | _means(examined)
+
+
+def _means(examined: Iterable[tuple[str, Mapping[str, Items]]]) -> dict[str, float]:
+    return {f"{part}_{name}": float(items.values.mean()) for part, found in examined for name, items in found.items()}
+
+
+def _mapper_figures(learner: Mapper, corpus: Corpus) -> dict[str, float]:
+    examined = (("captions", examine_captions(learner, corpus)), ("answers", examine_answers(learner, corpus)))
+    return _means(examined)
 
 
 def _word_figures(learner: JointLearner, corpus: Corpus) -> dict[str, float]:
@@ -262,4 +273,5 @@ LESSONS = {
     "lxmert": _JOINT,
     "clip": _Lessons(("images", "texts", "units"), contrastive_losses, _retrieval_figures),
     "text": _Lessons(("words",), word_losses, _word_figures),
+    "mapper": _Lessons(("answers", "captions", "units"), mapper_losses, _mapper_figures),
 }

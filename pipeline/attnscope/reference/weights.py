@@ -16,13 +16,20 @@ from attnscope.reference.learners import (
     UnitClassifier,
     clip_config,
     lxmert_config,
+    mapper_config,
     text_config,
     vilt_config,
 )
 
 WEIGHTS = "model.safetensors"
 
-_CONFIGS = {"vilt": vilt_config, "clip": clip_config, "lxmert": lxmert_config, "text": text_config}
+_CONFIGS = {
+    "vilt": vilt_config,
+    "clip": clip_config,
+    "lxmert": lxmert_config,
+    "text": text_config,
+    "mapper": mapper_config,
+}
 _UNITS = "patch_classifier"
 _PIXELS = {"resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
@@ -47,7 +54,7 @@ def _write_processor(name: str, folder: Path) -> None:
     if name == "vilt":
         images = transformers.ViltImageProcessorPil(size={"shortest_edge": SIDE}, size_divisor=PATCH, **_PIXELS)
         transformers.ViltProcessor(images, tokenizer).save_pretrained(folder)
-    elif name == "clip":
+    elif name in ("clip", "mapper"):
         size = {"height": SIDE, "width": SIDE}
         images = transformers.CLIPImageProcessorPil(size=size, do_center_crop=False, **_PIXELS)
         transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder)
