@@ -115,13 +115,14 @@ def find_view(loaded: LoadedModel, sample: Sample, size: tuple[int, int]) -> Vie
     ramp[..., 1] = np.round((np.arange(height) + 0.5) / height * 255)[:, None]
     shown = [Image.fromarray(np.full_like(ramp, level)) for level in (0, 255)]
     try:
-        inputs = loaded.family.encode([replace(sample, image=i) for i in (*shown, Image.fromarray(ramp))], loaded)
+        # One by one, as a model that writes takes its samples.
+        inputs = [loaded.family.encode([replace(sample, image=i)], loaded) for i in (*shown, Image.fromarray(ramp))]
     except SampleError:
         return None
-    pixels = inputs.get("pixel_values")
-    if pixels is None or pixels.ndim != 4 or pixels.shape[:2] != (3, 3):
+    pixels = [one.get("pixel_values") for one in inputs]
+    if any(one is None or one.ndim != 4 or one.shape[:2] != (1, 3) for one in pixels):
         return None
-    black, white, seen = pixels.double().cpu().numpy()
+    black, white, seen = (one[0].double().cpu().numpy() for one in pixels)  # type: ignore[index]
     inside = np.abs(white - black).min(0) > 1e-3
     if not inside.any():
         return None
@@ -134,7 +135,7 @@ def find_view(loaded: LoadedModel, sample: Sample, size: tuple[int, int]) -> Vie
     return View(
         (top * height, left * width),
         (step_down * height, step_across * width),
-        (pixels.shape[-2], pixels.shape[-1]),
+        seen.shape[1:],
         _patch_size(loaded),
     )
 

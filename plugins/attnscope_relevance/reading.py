@@ -200,9 +200,13 @@ class Reader:
     def _share(self, event: Event) -> np.ndarray:
         """The weight of the residual of each real query; 1 where it isn't known."""
         name = str(self._shares)
-        array = self._array(event, OF_ANSWER.get(name, name) if self._answer is not None else name)
-        values = array.isel(sample=self._sample).values
-        values = values[self._real(event.queries)].astype(float)
+        name = OF_ANSWER.get(name, name) if self._answer is not None else name
+        values = self._held.get((name, event))
+        if values is None:
+            at = slice(self._window.start, self._window.stop)
+            values = self._array(event, name).isel(sample=at).values
+            self._held[name, event] = values
+        values = values[self._sample - self._window.start, self._real(event.queries)].astype(float)
         return np.where(np.isfinite(values), values, 1.0)
 
     def _map(self, event: Event, quantity: str) -> np.ndarray:

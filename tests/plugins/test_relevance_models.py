@@ -1,5 +1,6 @@
 """Relevance of tiny models of every wiring against equations 5 to 11 written out with loops over an eager backward."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from attnscope.compatibility.examples import TEXT, VISION, image, numbers, text,
 from attnscope.families.scores import written_logits
 from attnscope.loading import ModelError, load_model
 from attnscope.quantities import ExtractSpec
+from attnscope.reference.learners import mapper_config
+from attnscope.reference.mapper import MapperForConditionalGeneration, MapperForQuestionAnswering
 from attnscope.run import Run, open_run
 from attnscope.samples import Sample
-from attnscope_relevance import Relevance
+from attnscope_relevance import Relevance, reading, walking
 
 Writer = Callable[[str], Path]
 Maps = list[tuple[str, np.ndarray, np.ndarray]]
@@ -567,3 +570,117 @@ def test_written_tokens_are_no_target_of_a_model_that_does_not_write(writer: Wri
         attnscope.extract(writer("llama"), asked, [EACH], spec=spec)
     with pytest.raises(ValueError, match="extract with generate=N"):
         written_logits(object(), {}, None)  # type: ignore[arg-type]
+
+
+WORDS = torch.tensor([[2, 9, 8, 30, 31, 12, 3], [2, 9, 20, 3, 0, 0, 0]])
+MAPPERS: dict[str, tuple[Any, str | int, Callable[[Any], torch.Tensor]]] = {
+    "answers": (MapperForQuestionAnswering, 3, lambda outputs: outputs.logits[:, 3]),
+    # What is said behind the second token is the third.
+    "captions": (
+        MapperForConditionalGeneration,
+        "word:2",
+        lambda outputs: outputs.logits[torch.arange(2), 1, WORDS[:, 2]],
+    ),
+}
+
+
+def wide_mapper(head: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The reference world's mapper with wide random weights, and two texts of several lengths with images."""
+    model = widened(MAPPERS[head][0]._from_config(mapper_config(), attn_implementation="eager"))
+    mask = (WORDS > 0).long()
+    return model, {"input_ids": WORDS, "attention_mask": mask, "pixel_values": numbers(2, 3, 48, 48)}
+
+
+def mapped(cams: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The walk over two encoders, two layers of co-attention and a decoder, with a matrix for each pair of streams."""
+
+    def those(start: str) -> list[np.ndarray]:
+        return [cam for name, cam in cams.items() if name.startswith(start)]
+
+    tt, ii = chain(those("model.text_model")), chain(those("model.vision_model"))
+    ti, it = np.zeros((len(tt), len(ii))), np.zeros((len(ii), len(tt)))
+    for layer in range(2):
+        text, image, text_over, image_over = (
+            cams[f"model.mapper.layers.{layer}.{part}_attention"]
+            for part in ("text", "image", "text_image", "image_text")
+        )
+        tt, ti = tt + text @ tt, ti + text @ ti
+        ii, it = ii + image @ ii, it + image @ it
+        t_bar, i_bar = normal(tt), normal(ii)
+        tt, ti, it, ii = (
+            tt + text_over @ it,
+            ti + t_bar.T @ text_over @ i_bar,
+            it + i_bar.T @ image_over @ t_bar,
+            ii + image_over @ ti,
+        )
+    if not those("decoder"):
+        return {"text": tt, "vision": ti}
+    selves, across = ([cams[f"decoder.layers.{n}.{part}_attention"] for n in range(2)] for part in ("self", "image"))
+    words = len(selves[0])
+    ww, wi, wp = np.eye(words), np.zeros((words, len(ii))), np.zeros((words, len(tt)))
+    gained = ii.sum(1) - 1
+    for own, over in zip(selves, across, strict=True):
+        ww, wi, wp = ww + own @ ww, wi + own @ wi, wp + own @ wp
+        looked = normal(ww).T @ over
+        wi = wi + looked @ normal(ii)
+        wp = wp + (looked / np.where(gained > 0, gained, np.inf)) @ it
+    return {"text": ww, "vision": wi, "prompt": wp}
+
+
+@pytest.mark.parametrize(("head", "row"), [("answers", None), ("captions", 1)])
+def test_a_mapper_between_two_encoders_and_a_decoder(head: str, row: int | None) -> None:
+    model, inputs = wide_mapper(head)
+    _, target, score = MAPPERS[head]
+    found = extracted(model, inputs, target)
+    maps = spied(model, inputs, score)
+    assert found.attrs["readout"].startswith("text: the")
+    for sample, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+
+        def real(values: np.ndarray, sample: int = sample, length: int = length) -> np.ndarray:
+            rows, columns = (length if size == 7 else None for size in values.shape[2:])
+            return values[sample, :, :rows, :columns]
+
+        cams = {name: equation_5(real(a), real(g)) for name, a, g in maps}
+        at = length - 1 if row is None else row
+        for stream, relevance in mapped(cams).items():
+            assert relevance[at].any(), stream
+            assert_close(found, stream, sample, {"relevance": relevance[at]})
+
+
+def heads_mean(run: Any, event: walking.Event) -> np.ndarray:
+    """The attention of the first sample, which has no padding, where a stream looks at itself; nothing elsewhere."""
+    one = run.array(event.site, "attention_mean").isel(sample=0, layer=event.position).values.astype(float)
+    return one if event.is_self else np.zeros_like(one)
+
+
+@pytest.mark.parametrize("head", MAPPERS)
+def test_weights_of_a_mapper_have_chefer_and_rollout_as_limits(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = wide_mapper(head)
+    plain = Relevance(target=MAPPERS[head][1], methods=("relevance", "rollout"))
+    for weighting in ("norm", "gradient"):
+        weighted = dataclasses.replace(plain, weighting=weighting)  # type: ignore[arg-type]
+        run = attnscope.extract(model, [inputs], [plain, weighted], spec=ExtractSpec(frozenset({"score"})))
+        for site in run.sites:
+            shares = run.array(site, f"residual_{weighting}").values
+            assert np.isfinite(shares).any(axis=(0, 2)).all(), site
+        expected, different = (attnscope.analyse(run, a, save=False)["relevance"] for a in (plain, weighted))
+        assert np.abs(different - expected).max() > 0.01
+        # Where both terms count alike, it is Chefer's.
+        with monkeypatch.context() as patch:
+            patch.setattr(reading.Reader, "_share", lambda self, event: np.ones(int(self._real(event.queries).sum())))
+            same = attnscope.analyse(run, weighted, save=False)["relevance"]
+        np.testing.assert_array_equal(same, expected)
+    events = plain._events(run)
+    sizes = {name: len(run.tokens(name)["token"]) for name in run.streams}
+    layers = sum(e.queries == e.keys == "text" for e in events)
+    for row in np.eye(sizes["text"]):
+        # Where both terms are halved, and the map is the attention itself, it is rollout.
+        even = walking.Walk(events, lambda e: heads_mean(run, e), sizes).rows("text", row)["text"] / 2**layers
+        rolled_out = walking.roll_out(walking.Walk(events, lambda e: heads_mean(run, e), sizes), "text", row)["text"]
+        np.testing.assert_allclose(even, rolled_out, rtol=1e-6)
+        # Where the residual has all the weight, nothing is passed on.
+        alone = walking.Walk(
+            events, lambda e: heads_mean(run, e) + 1, sizes, lambda e: np.full(sizes[e.queries], 2.0)
+        ).rows("text", row)
+        np.testing.assert_allclose(alone["text"], 2**layers * row)
+        assert not any(np.any(values) for name, values in alone.items() if name != "text")

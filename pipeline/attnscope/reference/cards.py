@@ -14,6 +14,9 @@ _ABOUT = {
     "simla": "One stream on several levels (SIMLA in small, Khan et al., ECCV 2022): BLIP's classes, an image encoder"
     " below a text encoder that looks at it. Heads for matching (the default), masked words and the class of each patch"
     " (`SimlaForWordsAndPatches`); beside them the heads for patches' codes and keywords, and the codes themselves.",
+    "mapper": "The carried CLIP's two encoders, frozen, and a mapper behind them in which text and image attend to"
+    " themselves and to each other, with a head for answers and a decoder that writes captions: CLIPmapper (Huang et"
+    " al. 2023) in small, as far as its abstract says what that is.",
     "text": "Captions alone (BERT, masked words): a control that never saw an image, so that its figures are the prior"
     " of the language.",
 }
@@ -32,6 +35,10 @@ _NOTES = {
     " says whether the region with the largest area-normalised mass overlaps the thing by one half, of nine regions,"
     " 'pointing' whether the strongest patch shows any of it. 'codes' are those of a thing's patches, all of them"
     " masked, from the words or with all words masked.",
+    "mapper": "'attributes' are the questions for a colour, a shape, and whether something is there. 'captions tokens'"
+    " and 'bits' are of each word behind the true ones; which things a caption mentions, and in which order, nobody can"
+    " tell from the picture. 'captions true' is the share of greedy captions with phrases that are all true: a thing of"
+    " the scene has their colour and shape, and their size where they name one; 'phrases' counts each by itself.",
     "text": "Captions of normal scenes name no colour and no shape twice, which the words give away.",
 }
 _NOTES["lxmert"] = (

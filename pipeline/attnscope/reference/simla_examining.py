@@ -55,7 +55,9 @@ def grad_cam(learner: Simla, words: Tensor, seen: Seen) -> Tensor:
     the text's tokens.
     """
     with torch.enable_grad():
-        joined = learner.join_with_attention(words, learner.look(seen.pixels).detach())
+        # So that there is a graph also where the parameters are frozen.
+        image = learner.look(seen.pixels).detach().requires_grad_()
+        joined = learner.join_with_attention(words, image)
         match = learner.itm_head(joined.states[:, 0])[:, 1].sum()
         gradients = torch.autograd.grad(match, joined.cross)
     there = (words > 0)[:, None, :, None].float()
