@@ -50,7 +50,26 @@ ANALYSIS = ("statistics", "reading", "report", "plugins", "analysis", "rendering
 EMBEDDED = ("embedded", "reference")
 REFERENCE = tuple(
     f"reference.{name}"
-    for name in ("corpus", "learners", "lessons", "examining", "training", "weights", "models", "making")
+    for name in (
+        "corpus",
+        "alignments",
+        "learners",
+        "lessons",
+        "examining",
+        "readers",
+        "scan",
+        "answering",
+        "painter",
+        "settings",
+        "training",
+        "weights",
+        "models",
+        "judging",
+        "inspecting",
+        "making",
+        "tabulating",
+        "score_tables",
+    )
 )
 MODEL_LINE = (
     "recording",

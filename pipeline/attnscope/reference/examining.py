@@ -13,7 +13,7 @@ from attnscope.reference.learners import Clip, JointLearner, Seen
 from attnscope.reference.lessons import trimmed, units_of, units_showing
 
 _BATCH = 256
-_GALLERY = 256
+GALLERY = 256
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def examine_retrieval(learner: Clip, corpus: Corpus) -> dict[str, Items]:
         texts.append(learner.embed_texts(trimmed(corpus.words[at])))
     image, text = torch.cat(images), torch.cat(texts)
     found: dict[str, list[np.ndarray]] = {"image_to_text": [], "text_to_image": []}
-    size = min(_GALLERY, len(corpus))
+    size = min(GALLERY, len(corpus))
     truth = torch.arange(size)
     for start in range(0, len(corpus) - size + 1, size):
         block = slice(start, start + size)

@@ -23,7 +23,7 @@ _ATTRIBUTE_ROLES = (ROLES.index("colour"), ROLES.index("shape"))
 _ROLE_WEIGHTS = dict(zip(ROLES, (0.0, 1.0, 1.0, 0.5, 1.5, 1.0, 0.5), strict=True))
 _NEGATIVE_WEIGHTS = dict(zip((*NEGATIVES, "other"), (0.4, 0.2, 0.2, 0.1, 0.1), strict=True))
 _QUESTION_WEIGHTS = dict(zip(QUESTIONS, (0.25, 0.25, 0.25, 0.1, 0.075, 0.075), strict=True))
-_UNIT_WEIGHT, _GROUND_WEIGHT = 0.5, 0.05
+UNIT_WEIGHT, _GROUND_WEIGHT = 0.5, 0.05
 _CONTRAST, _CONTRAST_NEGATIVES = 128, 64
 
 
@@ -149,7 +149,7 @@ def joint_losses(
     said, matched, looked, questioned = np.split(scenes, np.cumsum([_WORDS, _MATCH, _UNITS]))
     asked = _mask_both_ways(Texts.of(corpus, said), rng)
     right, wrong = match_texts(corpus, matched, rng)
-    kinds = _question_kinds(corpus, questioned, rng)
+    kinds = question_kinds(corpus, questioned, rng)
     texts = [
         asked.shown,
         right,
@@ -177,8 +177,8 @@ def joint_losses(
             learner.match(hidden)[_WORDS : _WORDS + 2 * _MATCH], fits
         ),
         "answers": nn.functional.cross_entropy(learner.answer(hidden)[-_ANSWERS:], answers),
-        "hidden_units": _UNIT_WEIGHT * nn.functional.cross_entropy(unit_logits[asks], truth[asks]),
-        "units": _UNIT_WEIGHT * _unit_loss(unit_logits[~hides], truth[~hides]),
+        "hidden_units": UNIT_WEIGHT * nn.functional.cross_entropy(unit_logits[asks], truth[asks]),
+        "units": UNIT_WEIGHT * unit_loss(unit_logits[~hides], truth[~hides]),
     }
 
 
@@ -216,20 +216,20 @@ def contrastive_losses(
     return {
         "images": nn.functional.cross_entropy(logits, truth) / 2,
         "texts": nn.functional.cross_entropy(logits[:, :_CONTRAST].T, truth) / 2,
-        "units": _UNIT_WEIGHT * _unit_loss(unit_logits.flatten(0, 1), classes.flatten()),
+        "units": UNIT_WEIGHT * unit_loss(unit_logits.flatten(0, 1), classes.flatten()),
     }
 
 
 def units_of(learner: JointLearner, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
     """Class and thing of each unit (scene, unit) that the learner sees: patches, or regions."""
-    if hasattr(learner, "lxmert"):
+    if learner.units == "regions":
         return corpus.regions, corpus.region_things
     return corpus.patches, corpus.patch_things
 
 
 def units_showing(learner: JointLearner, corpus: Corpus, scenes: np.ndarray, things: np.ndarray) -> np.ndarray:
     """The units that show anything of a thing, or most of it where units are boxes (scene, unit); none for thing -1."""
-    shows = corpus.region_shows if hasattr(learner, "lxmert") else corpus.patch_shows
+    shows = corpus.region_shows if learner.units == "regions" else corpus.patch_shows
     return shows[scenes, things] & (things >= 0)[:, None]
 
 
@@ -239,7 +239,8 @@ def _thing_to_hide(corpus: Corpus, scenes: np.ndarray, things: np.ndarray, rng: 
     return _one_of(phrases, (phrases[..., None] == things[:, None]).any(-1) & (phrases >= 0), rng)
 
 
-def _question_kinds(corpus: Corpus, scenes: np.ndarray, rng: Generator) -> np.ndarray:
+def question_kinds(corpus: Corpus, scenes: np.ndarray, rng: Generator) -> np.ndarray:
+    """A kind of question (in QUESTIONS) for each scene, among those that it has."""
     weights = (corpus.answers[scenes] >= 0) * np.array(list(_QUESTION_WEIGHTS.values()))
     return _strongest(weights, np.ones(len(scenes), int), rng).argmax(1)
 
@@ -250,7 +251,8 @@ def _word_loss(learner: JointLearner, hidden: Hidden, asked: Asked) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
 
 
-def _unit_loss(logits: Tensor, truth: Tensor) -> Tensor:
+def unit_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Cross entropy of unit classes (unit, class); the ground counts little, as there is so much of it."""
     weights = torch.ones(len(CLASSES))
     weights[GROUND] = _GROUND_WEIGHT
     return nn.functional.cross_entropy(logits, truth, weights)

@@ -11,6 +11,7 @@ import transformers
 from pydantic import JsonValue
 from torch import nn
 
+from attnscope.reference.alignments import check_alignment
 from attnscope.reference.cards import card_page
 from attnscope.reference.corpus import Corpus, build_corpus
 from attnscope.reference.examining import (
@@ -24,8 +25,12 @@ from attnscope.reference.examining import (
     hide_everything,
     hide_thing,
 )
+from attnscope.reference.inspecting import examine_attention
+from attnscope.reference.judging import examine_painting
 from attnscope.reference.learners import JointLearner, Seen
+from attnscope.reference.scan import examine_scan
 from attnscope.reference.scenes import WORLD_VERSION
+from attnscope.reference.settings import SCORED
 from attnscope.reference.training import LESSONS, RECIPES, Listener, Recipe, Training
 from attnscope.reference.weights import read_learner, weights_digest, write_json, write_model
 
@@ -45,7 +50,7 @@ def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
     Raises
     ------
     ReferenceError
-        When there is no such model, or its recipe has no such field or loss.
+        When there is no such model, or its recipe has no such field, loss or score.
     """
     if name not in RECIPES:
         raise ReferenceError(f"unknown reference model {name!r}; known: {', '.join(RECIPES)}")
@@ -55,6 +60,10 @@ def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
     recipe = dataclasses.replace(RECIPES[name], **(changes or {}))  # type: ignore[arg-type]
     if unknown := sorted(set(recipe.without) - set(LESSONS[name].names)):
         raise ReferenceError(f"{name} has no loss {unknown[0]!r}; its losses are {', '.join(LESSONS[name].names)}")
+    if recipe.alignment and name not in SCORED:
+        raise ReferenceError(f"{name} has its own score in its attention; {', '.join(SCORED)} take another")
+    if recipe.alignment:
+        check_alignment(recipe.alignment)
     # As JSON gives it, it is a list.
     return dataclasses.replace(recipe, without=tuple(recipe.without))
 
@@ -64,7 +73,7 @@ def train(recipe: Recipe, seed: int, out: str, listener: Listener | None = None)
     training = Training(recipe, seed, Path(out) / _CHECKPOINTS, listener)
     resumed = training.resume()
     training.advance()
-    write_model(recipe.model, training.learner, Path(out))
+    write_model(recipe.model, training.learner, Path(out), recipe.alignment)
     return {"model": recipe.model, "steps": training.step, "seconds": round(training.seconds), "resumed": resumed}
 
 
@@ -143,4 +152,7 @@ _EXAMINATIONS: dict[str, tuple[Callable[..., dict[str, Items]], ...]] = {
     "lxmert": _JOINT,
     "clip": (examine_retrieval,),
     "text": (_words,),
+    "scan": (examine_scan, examine_attention),
+    "answering": (_prefixed("answers", examine_answers), examine_attention),
+    "painter": (examine_painting, examine_attention),
 }

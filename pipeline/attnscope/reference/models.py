@@ -1,7 +1,7 @@
-"""Transformers' own models with one thing more in what they give: the class of each of the image's tokens."""
+"""Transformers' own models with one thing more: the class of each of the image's tokens, or another alignment score."""
 
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.lxmert.modeling_lxmert import LxmertForPreTrainingOutput
 
+from attnscope.reference.alignments import CONFIG_KEY, swap_scores
 from attnscope.reference.corpus import CLASSES
 
 
@@ -59,3 +60,25 @@ class LxmertWithObjects(transformers.LxmertForPreTraining):
         out = super().forward(*args, **inputs)
         objects = self.obj_predict_head(out.vision_hidden_states[-1])["obj"]
         return AllOfLxmert(**{**out, "object_logits": objects})
+
+
+_OURS = {c.__name__: c for c in (ViltForWordsAndPatches, LxmertWithObjects)}
+
+
+def class_of(architecture: str, config: transformers.PreTrainedConfig) -> Any:
+    """The class behind a name in a config: transformers', or one of these; `AutoModel` for a name that neither has."""
+    found = _OURS.get(architecture) or getattr(transformers, architecture, transformers.AutoModel)
+    return _with_alignment(found) if hasattr(config, CONFIG_KEY) and found is not transformers.AutoModel else found
+
+
+@cache
+def _with_alignment(cls: Any) -> Any:
+    """The same model with the score in its attention that its config names."""
+
+    class Scored(cls):
+        def __init__(self, config: transformers.PreTrainedConfig) -> None:
+            super().__init__(config)
+            swap_scores(self, getattr(config, CONFIG_KEY))
+
+    Scored.__name__, Scored.__qualname__ = cls.__name__, cls.__qualname__
+    return Scored

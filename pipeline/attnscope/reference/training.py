@@ -4,7 +4,9 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,16 +14,21 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from attnscope.reference.answering import answer_losses
 from attnscope.reference.corpus import Corpus, build_corpus
 from attnscope.reference.examining import (
+    Items,
     examine_answers,
     examine_matching,
     examine_retrieval,
     examine_words,
 )
-from attnscope.reference.learners import LEARNERS, Clip, JointLearner
+from attnscope.reference.learners import Clip, JointLearner
 from attnscope.reference.lessons import HARD_SHARE, contrastive_losses, joint_losses, word_losses
+from attnscope.reference.painter import Painter, examine_pixels, paint_losses
+from attnscope.reference.scan import Scan, examine_scan, scan_losses
 from attnscope.reference.scenes import WORLD_VERSION
+from attnscope.reference.settings import build_learner
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ class Recipe:
 
     Hard scenes are asked about from step `hard_from`. The rate rises over `warm_up` steps to its peak and stays there
     until the validation figures reach all `goals`, or for `steps` at most; then it falls to zero over `decay` steps.
-    `without` names losses that are left out.
+    `without` names losses that are left out. `alignment` is the score of its attention (see ALIGNMENTS), the model's
+    own where it is empty.
     """
 
     model: str
@@ -46,15 +54,29 @@ class Recipe:
     validation_scenes: int = 256
     goals: Mapping[str, float] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    alignment: str = ""
 
 
 _JOINT_GOALS = {"words_colour": 0.98, "words_shape": 0.97, "matching_balanced": 0.91, "answers_attributes": 0.96}
+
+# No hard scenes, so that less than a minute is enough.
+_SMALL: dict[str, Any] = {
+    "scenes": 6000,
+    "hard_from": 10**6,
+    "warm_up": 50,
+    "peak_rate": 3e-3,
+    "examine_every": 200,
+    "validation_scenes": 128,
+}
 
 RECIPES = {
     "vilt": Recipe("vilt", decay=200, peak_rate=2e-3, hard_from=600, goals=_JOINT_GOALS),
     "clip": Recipe("clip", steps=2500, goals={"image_to_text": 0.62, "text_to_image": 0.62}),
     "lxmert": Recipe("lxmert", decay=200, hard_from=600, goals=_JOINT_GOALS),
     "text": Recipe("text", steps=400, decay=200),
+    "scan": Recipe("scan", steps=150, decay=70, **_SMALL),
+    "answering": Recipe("answering", steps=350, decay=150, **_SMALL),
+    "painter": Recipe("painter", steps=220, decay=100, **_SMALL),
 }
 
 
@@ -92,7 +114,7 @@ class Training:
         self.recipe, self.seed, self.folder = recipe, seed, folder
         self._tell = listener or (lambda progress: None)
         torch.manual_seed(seed)
-        self.learner = LEARNERS[recipe.model]()
+        self.learner = build_learner(recipe.model, recipe.alignment)
         self.learner.without = frozenset(recipe.without)
         matrices = [p for p in self.learner.parameters() if p.ndim >= 2]
         rest = [p for p in self.learner.parameters() if p.ndim < 2]
@@ -134,8 +156,8 @@ class Training:
         if self._corpus is None:
             started = time.process_time()
             self._report("drawing scenes")
-            self._corpus = build_corpus("train", range(self.recipe.scenes))
-            self._validation = build_corpus("validation", range(self.recipe.validation_scenes))
+            self._corpus = _scenes("train", self.recipe.scenes)
+            self._validation = _scenes("validation", self.recipe.validation_scenes)
             self._state.seconds += time.process_time() - started
         losses: list[dict[str, float]] = []
         while not self.done and self._state.step < last:
@@ -231,6 +253,12 @@ class Training:
         return True
 
 
+@lru_cache(maxsize=2)
+def _scenes(split: str, count: int) -> Corpus:
+    """The first scenes of a split, drawn once for all trainings of a process that come one after the other."""
+    return build_corpus(split, range(count))
+
+
 def _joint_figures(learner: JointLearner, corpus: Corpus) -> dict[str, float]:
     examined = (("matching", examine_matching(learner, corpus)), ("answers", examine_answers(learner, corpus)))
     return _word_figures(learner, corpus) | {
@@ -244,7 +272,23 @@ def _word_figures(learner: JointLearner, corpus: Corpus) -> dict[str, float]:
 
 
 def _retrieval_figures(learner: Clip, corpus: Corpus) -> dict[str, float]:
-    return {name: float(items.values.mean()) for name, items in examine_retrieval(learner, corpus).items()}
+    return _means(examine_retrieval(learner, corpus))
+
+
+def _scan_figures(learner: Scan, corpus: Corpus) -> dict[str, float]:
+    return _means(examine_scan(learner, corpus))
+
+
+def _answer_figures(learner: JointLearner, corpus: Corpus) -> dict[str, float]:
+    return {f"answers_{name}": value for name, value in _means(examine_answers(learner, corpus)).items()}
+
+
+def _paint_figures(learner: Painter, corpus: Corpus) -> dict[str, float]:
+    return _means(examine_pixels(learner, corpus))
+
+
+def _means(examined: Mapping[str, Items]) -> dict[str, float]:
+    return {name: float(items.values.mean()) for name, items in examined.items()}
 
 
 @dataclass(frozen=True)
@@ -262,4 +306,7 @@ LESSONS = {
     "lxmert": _JOINT,
     "clip": _Lessons(("images", "texts", "units"), contrastive_losses, _retrieval_figures),
     "text": _Lessons(("words",), word_losses, _word_figures),
+    "scan": _Lessons(("match", "units"), scan_losses, _scan_figures),
+    "answering": _Lessons(("answers", "units"), answer_losses, _answer_figures),
+    "painter": _Lessons(("pixels",), paint_losses, _paint_figures),
 }

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,28 +11,35 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from attnscope.reference.alignments import CONFIG_KEY
 from attnscope.reference.carrying import path
 from attnscope.reference.corpus import LENGTH, PATCH, SIDE, VOCABULARY
 from attnscope.reference.learners import (
-    LEARNERS,
     UnitClassifier,
     clip_config,
     lxmert_config,
     text_config,
     vilt_config,
 )
+from attnscope.reference.settings import SETTINGS, build_learner, scored_config, setting_config
 
 WEIGHTS = "model.safetensors"
 
-_CONFIGS = {"vilt": vilt_config, "clip": clip_config, "lxmert": lxmert_config, "text": text_config}
+_CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
+    "vilt": vilt_config,
+    "clip": clip_config,
+    "lxmert": lxmert_config,
+    "text": text_config,
+    **{name: partial(setting_config, name) for name in SETTINGS},
+}
 _UNITS = "patch_classifier"
 _PIXELS = {"resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
-def write_model(name: str, learner: nn.Module, folder: Path) -> None:
-    """Write config, weights, tokenizer and processor of a learner."""
+def write_model(name: str, learner: nn.Module, folder: Path, alignment: str = "") -> None:
+    """Write config, weights, tokenizer and processor of a learner whose attention has this score (or its own)."""
     folder.mkdir(parents=True, exist_ok=True)
-    _CONFIGS[name]().save_pretrained(folder)
+    scored_config(_CONFIGS[name](), alignment).save_pretrained(folder)
     named = {n: p.detach().contiguous() for n, p in learner.named_parameters() if not n.startswith(_UNITS)}
     if isinstance(units := getattr(learner, _UNITS, None), UnitClassifier):
         named |= {f"{_UNITS}.{n}": p.detach() for n, p in units.whole().named_parameters()}
@@ -56,7 +65,8 @@ def _write_processor(name: str, folder: Path) -> None:
 def read_learner(name: str, folder: Path | None = None) -> nn.Module:
     """A learner with the weights of a folder, of the carried one unless named, in evaluation mode."""
     folder = folder or path(name)
-    learner = LEARNERS[name]()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    learner = build_learner(name, config.get(CONFIG_KEY, ""))
     weights = load_file(folder / WEIGHTS)
     if hasattr(learner, _UNITS):
         setattr(learner, _UNITS, unit_classifier(name, folder))
