@@ -42,6 +42,7 @@ def reference() -> None:
 @click.option("--device", help="cpu or cuda.")
 @click.option("--dtype", help="float32, or bfloat16 for most of a step; weights stay float32.")
 @click.option("--processes", type=click.IntRange(min=1), help="Processes that share each batch; on cuda a device each.")
+@click.option("--alignment", metavar="SCORE", help="Another score in its attention: dot, cosine, general_qwk, ...")
 @engine_option
 def train(
     name: str,
@@ -54,9 +55,10 @@ def train(
     device: str | None,
     dtype: str | None,
     processes: int | None,
+    alignment: str | None,
     engine: str | None,
 ) -> None:
-    """Train the model NAME (vilt, clip, lxmert, text, simla or mapper) from its recipe.
+    """Train the model NAME from its recipe: vilt, clip, lxmert, text, simla, mapper, scan, answering or painter.
 
     The same command again finishes what was cut short. The same recipe and seed give the same weights.
     """
@@ -65,7 +67,9 @@ def train(
     changes |= {field: value for field, value in named.items() if value is not None}
     if without:
         changes["without"] = list(without)
-    folder = out or f"reference-{name}-{seed}"
+    if alignment:
+        changes["alignment"] = alignment
+    folder = out or "-".join(["reference", name, *([alignment] if alignment else []), str(seed)])
     done = _train(name, folder, seed, changes, scenes, engine or default_engine())
     for note in done["notes"]:  # type: ignore[union-attr]
         click.echo(f"note:    {note}")
@@ -171,6 +175,29 @@ def card(name: str, form: str) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     click.echo(json.dumps(found, indent=2) if form == "json" else card_page(found))
+
+
+@reference.command()
+@click.option("--setting", "settings", multiple=True, required=True, help="vilt, lxmert, scan, answering or painter.")
+@click.option("--alignment", "alignments", multiple=True, metavar="SCORE", help="Only this score; repeatable.")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="How many, from 0 on.")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for models and tables.")
+@click.option("--recipe", "assignments", multiple=True, metavar="FIELD=VALUE", help="As for train; repeatable.")
+def scores(
+    settings: Sequence[str], alignments: Sequence[str], seeds: int, out: str, assignments: Sequence[str]
+) -> None:
+    """Train each alignment score with several seeds, and tabulate task quality beside what attention shows.
+
+    Every setting has a folder of its own in OUT, with its models, table.csv, table.json and page.md. The same command
+    again trains and measures only what is missing. Differences are those from the scaled dot product of the same seed.
+    """
+    from attnscope.reference.score_tables import tabulate_scores
+
+    changes = dict(_change(assignment) for assignment in assignments)
+    for setting in settings:
+        folder = f"{out}/{setting}"
+        tabulate_scores(setting, alignments, range(seeds), folder, changes=changes, listener=_tell)
+        click.echo(f"{setting}:   {folder}/page.md, and the whole table as table.csv and table.json")
 
 
 def _change(assignment: str) -> "tuple[str, JsonValue]":

@@ -11,6 +11,7 @@ import transformers
 from pydantic import JsonValue
 from torch import nn
 
+from attnscope.reference.alignments import check_alignment
 from attnscope.reference.cards import card_page
 from attnscope.reference.checking import ReferenceError, batch_of, check_values
 from attnscope.reference.corpus import VOCABULARY, Corpus, build_corpus
@@ -26,11 +27,15 @@ from attnscope.reference.examining import (
     hide_everything,
     hide_thing,
 )
+from attnscope.reference.inspecting import examine_attention
+from attnscope.reference.judging import examine_painting
 from attnscope.reference.learners import JointLearner, Seen
 from attnscope.reference.lessons import WORLD_LOSSES
 from attnscope.reference.pairs import RECORD, SPLITS, Prepared, left_out
 from attnscope.reference.pairs import prepare as prepare_pairs
+from attnscope.reference.scan import examine_scan
 from attnscope.reference.scenes import WORLD_VERSION
+from attnscope.reference.settings import SCORED
 from attnscope.reference.simla_examining import examine_grounding, examine_ranking, examine_reconstruction
 from attnscope.reference.spreading import train_spread
 from attnscope.reference.training import (
@@ -59,7 +64,7 @@ def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
     Raises
     ------
     ReferenceError
-        When there is no such model, its recipe has no such field or loss, no loss is left, or a value can't be.
+        When there is no such model, its recipe has no such field, loss or score, no loss is left, or a value can't be.
     """
     if name not in RECIPES:
         raise ReferenceError(f"unknown reference model {name!r}; known: {', '.join(RECIPES)}")
@@ -74,6 +79,10 @@ def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
         raise ReferenceError(f"{name} has no loss {unknown[0]!r}; its losses are {', '.join(LESSONS[name].names)}")
     if set(LESSONS[name].names) <= set(recipe.without) | untold_losses(recipe):
         raise ReferenceError(f"{name} has no loss left to learn from; its losses are {', '.join(LESSONS[name].names)}")
+    if recipe.alignment and name not in SCORED:
+        raise ReferenceError(f"{name} has its own score in its attention; {', '.join(SCORED)} take another")
+    if recipe.alignment:
+        check_alignment(recipe.alignment)
     # As JSON gives it, it is a list.
     return dataclasses.replace(recipe, without=tuple(recipe.without))
 
@@ -103,7 +112,8 @@ def train(recipe: Recipe, seed: int, out: str, listener: Listener | None = None)
     training.advance()
     words = VOCABULARY if training.prepared is None else training.prepared.vocabulary
     learner = training.learner.cpu()
-    write_model(recipe.model, learner, Path(out), vocabulary=words, units="units" not in untold_losses(recipe))
+    units = "units" not in untold_losses(recipe)
+    write_model(recipe.model, learner, Path(out), vocabulary=words, units=units, alignment=recipe.alignment)
     receipt: Receipt = {"model": recipe.model, "steps": training.step, "seconds": round(training.seconds)}
     return {**receipt, "resumed": resumed, "notes": [*notes]}
 
@@ -280,4 +290,7 @@ _EXAMINATIONS: dict[str, tuple[Callable[..., dict[str, Items]], ...]] = {
         examine_reconstruction,
     ),
     "mapper": (_prefixed("answers", examine_answers), _prefixed("captions", examine_captions)),
+    "scan": (examine_scan, examine_attention),
+    "answering": (_prefixed("answers", examine_answers), examine_attention),
+    "painter": (examine_painting, examine_attention),
 }
