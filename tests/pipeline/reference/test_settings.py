@@ -226,6 +226,14 @@ def test_figures_of_attention_by_hand() -> None:
         assert values["insertion"][item] == pytest.approx(np.mean([8 - one for one in lost]))
 
 
+def test_attention_alike_to_all_units_points_by_chance() -> None:
+    truth = np.zeros((900, 9), int)
+    truth[:, 0] = 1
+    found = measure(inspected(np.full((900, 9), 1 / 9).tolist(), truth.tolist(), [1.0] * 9))
+    assert found["pointing"].values.mean() == pytest.approx(1 / 9, abs=0.04)
+    np.testing.assert_allclose(found["deletion_over_random"].values, 0, atol=1e-12)
+
+
 def test_a_random_attention_is_no_better_than_random() -> None:
     rng = np.random.default_rng(1)
     random = rng.random((400, 9))
