@@ -240,5 +240,15 @@ def _tell(progress: "TrainingProgress") -> None:
     click.echo(", ".join(parts), err=True)
 
 
-_TOLD = ("words_colour", "words_shape", "matching_balanced", "answers_attributes", "image_to_text", "text_to_image")
+_TOLD = (
+    "words_colour",
+    "words_shape",
+    "matching_balanced",
+    "answers_attributes",
+    "image_to_text",
+    "text_to_image",
+    "image_to_text_at_1",
+    "text_to_image_at_1",
+    "pixel_error",
+)
 COMMANDS = (reference,)

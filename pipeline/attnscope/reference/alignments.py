@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -84,6 +85,16 @@ class Score(nn.Module):
         if self.alignment.side == "key":
             return query, self._shifted(key)
         return (self._shifted(query), key) if self.alignment.side == "query" else (query, key)
+
+    def fold(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Projections of query and key by head (see `families.weights`) with W and b in them, as they are recorded."""
+        side = self.alignment.side
+        if not side:
+            return arrays
+        weight = self.weight.detach().float().cpu().numpy()
+        shift = self.bias.detach().float().cpu().numpy() if self.alignment.bias else np.zeros(self.channels, np.float32)
+        folded = {side: weight @ arrays[side], f"{side}_bias": arrays[f"{side}_bias"] @ weight.T + shift}
+        return {**arrays, **folded}
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
         query, key = self.transform(query, key)

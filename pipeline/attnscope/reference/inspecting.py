@@ -58,7 +58,7 @@ def examine_attention(learner: nn.Module, corpus: Corpus) -> dict[str, Items]:
 def measure(inspected: Inspected, seed: int = 0) -> dict[str, Items]:
     """The figures of what was inspected, item by item."""
     random = np.random.default_rng(seed).random(inspected.attention.shape)
-    ranks, random_ranks = (_ranks(values, inspected.there) for values in (inspected.attention, random))
+    ranks, random_ranks = (_ranks(values, inspected.there, random) for values in (inspected.attention, random))
     truth, attention = inspected.truth & inspected.there, np.where(inspected.there, inspected.attention, 0)
     size = truth.sum(1)
     common = ((ranks < size[:, None]) & truth).sum(1)
@@ -76,10 +76,10 @@ def measure(inspected: Inspected, seed: int = 0) -> dict[str, Items]:
     return {name: Items(values, inspected.scenes) for name, values in found.items()}
 
 
-def _ranks(values: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Place of each unit (item, unit), 0 for the largest value; what isn't there comes last."""
-    order = np.argsort(-np.where(there, values, -np.inf), 1, kind="stable")
-    return np.argsort(order, 1, kind="stable")
+def _ranks(values: np.ndarray, there: np.ndarray, random: np.ndarray) -> np.ndarray:
+    """Place of each unit (item, unit), 0 for the largest value; equal ones by chance, what isn't there last."""
+    order = np.lexsort((random, -np.where(there, values, -np.inf)), axis=1)
+    return np.argsort(order, 1)
 
 
 def _changes(inspected: Inspected, ranks: np.ndarray, intact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from attnscope.reference.judging import examine_painting
 from attnscope.reference.making import ReferenceError
 from attnscope.reference.painter import Painter
 from attnscope.reference.settings import SCORED
-from attnscope.reference.tabulating import Row, Variant, page, tabulate
+from attnscope.reference.tabulating import Row, Variant, tabulate
 from attnscope.reference.training import LESSONS, Listener
 from attnscope.reference.weights import read_learner, write_json
 
@@ -87,7 +88,6 @@ def tabulate_scores(
     variants = score_variants(setting, alignments, changes or {})
     rows = tabulate(variants, seeds, out, measure_model, listener=listener)
     shown = [row for row in rows if row.figure in SHOWN[setting]]
-    (Path(out) / "page.md").write_text(page(shown, seeds, SHOWN[setting]), encoding="utf-8")
     table = {
         "setting": setting,
         "changes": dict(changes or {}),
@@ -98,4 +98,33 @@ def tabulate_scores(
         "rows": [dataclasses.asdict(row) for row in shown],
     }
     write_json(Path(out) / "scores.json", table)
+    (Path(out) / "page.md").write_text(f"# {setting}\n\n{summary(table)}\n{_READING}\n", encoding="utf-8")
     return rows
+
+
+_READING = (
+    "Mean over seeds and half of its 95 % interval (Student's t). ▲ and ▼: above or below the scaled dot product of the"
+    " same seed by more than noise; all other differences from it are noise: their interval holds 0. None is widened"
+    " for the number of comparisons."
+)
+
+
+def summary(table: Mapping[str, Any]) -> str:
+    """Markdown of what scores.json holds: scores down, figures across."""
+    names = [name.removeprefix("attention_").replace("_", " ") for name in table["figures"]]
+    by_place = {(row["variant"], row["figure"]): row for row in table["rows"]}
+    lines = [f"| score | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for variant in dict.fromkeys(row["variant"] for row in table["rows"]):
+        cells = [_cell(by_place.get((variant, figure))) for figure in table["figures"]]
+        lines.append(f"| `{variant}` | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    value, difference = row["value"], row["difference"]
+    words = f"{value['mean']:.3f}"
+    if value["high"] is not None:
+        words += f" ± {value['high'] - value['mean']:.3f}"
+    return words if row["verdict"] != "apart" else f"{words} {'▲' if difference['mean'] > 0 else '▼'}"

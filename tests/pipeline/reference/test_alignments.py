@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from transformers.models.vilt.modeling_vilt import ViltSelfAttention
 from attnscope import recording
 from attnscope.cli import main
 from attnscope.extraction import extract
+from attnscope.families.weights import projections
 from attnscope.loading import ModelError, load_model
 from attnscope.quantities import ExtractSpec
 from attnscope.reference import making, read_reference
@@ -214,6 +216,27 @@ def keeping(forward: Callable[..., tuple[Tensor, ...]], kept: list[Tensor]) -> C
         return out[:1]
 
     return run
+
+
+@pytest.mark.parametrize(("name", "alignment"), [("vilt", "biased_general_kwq"), ("lxmert", "tanh_qwk")])
+def test_the_weights_of_a_run_hold_the_matrix_and_bias_of_the_score(name: str, alignment: str, tmp_path: Path) -> None:
+    write_model(name, wide(name, alignment), tmp_path, alignment)
+    loaded = load_model(str(tmp_path))
+    inputs = loaded.family.encode(read_reference("reference:test:2"), loaded)
+    seen: dict[str, Tensor] = {}
+    for module_name, module in loaded.model.named_modules():
+        if isinstance(module, ViltSelfAttention | LxmertAttention):
+            module.query.register_forward_hook(lambda m, given, out, n=module_name: seen.update({n: given[0]}))
+    with torch.no_grad(), recording(loaded.model) as calls:
+        loaded.model(**inputs)
+    call = calls[0]
+    site = SimpleNamespace(heads=4, kv_heads=4, channels=CHANNELS)
+    found = projections(loaded.model, call.module, site)  # type: ignore[arg-type]
+    assert found is not None and call.query is not None
+    hidden = seen[call.module].numpy()
+    for side, recorded in (("query", call.query), ("key", call.key)):
+        made = np.einsum("hcf,stf->shtc", found[side], hidden) + found[f"{side}_bias"][:, None]
+        np.testing.assert_allclose(made, recorded.numpy(), atol=1e-3)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("name", "alignment"), [("vilt", "relu_kwq"), ("lxmert", "general_qwk")])

@@ -22,7 +22,7 @@ from attnscope.reference.lessons import trimmed
 from attnscope.reference.painter import MENTIONS, Layout, Painter, draw_all, every_pixel, mentioned
 from attnscope.reference.scan import MARGIN, SHARPNESS, SLOPE, Scan, examine_scan, hinge
 from attnscope.reference.scenes import SHAPES, draw_scene
-from attnscope.reference.score_tables import SHOWN, measure_model, tabulate_scores
+from attnscope.reference.score_tables import measure_model, summary, tabulate_scores
 from attnscope.reference.tabulating import read_table
 
 SCENES = np.arange(24)
@@ -226,6 +226,14 @@ def test_figures_of_attention_by_hand() -> None:
         assert values["insertion"][item] == pytest.approx(np.mean([8 - one for one in lost]))
 
 
+def test_attention_alike_to_all_units_points_by_chance() -> None:
+    truth = np.zeros((900, 9), int)
+    truth[:, 0] = 1
+    found = measure(inspected(np.full((900, 9), 1 / 9).tolist(), truth.tolist(), [1.0] * 9))
+    assert found["pointing"].values.mean() == pytest.approx(1 / 9, abs=0.04)
+    np.testing.assert_allclose(found["deletion_over_random"].values, 0, atol=1e-12)
+
+
 def test_a_random_attention_is_no_better_than_random() -> None:
     rng = np.random.default_rng(1)
     random = rng.random((400, 9))
@@ -278,10 +286,30 @@ def test_a_table_is_made_once_and_gives_differences_from_the_scaled_dot_product(
     # In scan the two are one function, but for rounding.
     assert by["cosine", "attention_mass"].difference.mean == pytest.approx(0, abs=1e-3)  # type: ignore[union-attr]
     page = (tmp_path / "scan" / "page.md").read_text()
-    assert all(name.replace("_", " ") in page for name in SHOWN["scan"])
+    assert summary(json.loads((tmp_path / "scan" / "scores.json").read_text())) in page
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("figures.json")}
     tabulate_scores("scan", ["cosine", "sigmoid_qwk"], [0, 1], out, changes=SHORT)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("figures.json")} == before
+
+
+def test_a_summary_marks_what_is_more_than_noise() -> None:
+    def of(mean: float) -> dict[str, float]:
+        return {"mean": mean, "low": mean - 0.25, "high": mean + 0.25, "seeds": 3}
+
+    rows = [
+        {"variant": variant, "figure": figure, "value": of(0.5), "difference": of(by), "verdict": verdict}
+        for variant, figure, by, verdict in (
+            ("dot", "attention_mass", 0.1, "noise"),
+            ("dot", "drawn_shape", 0.4, "apart"),
+            ("cosine", "drawn_shape", -0.4, "apart"),
+        )
+    ]
+    assert summary({"figures": ["drawn_shape", "attention_mass"], "rows": rows}).splitlines() == [
+        "| score | drawn shape | mass |",
+        "|---|---|---|",
+        "| `dot` | 0.500 ± 0.250 ▲ | 0.500 ± 0.250 |",
+        "| `cosine` | 0.500 ± 0.250 ▼ | - |",
+    ]
 
 
 @pytest.mark.usefixtures("few_unseen")
