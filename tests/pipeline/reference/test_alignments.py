@@ -220,7 +220,7 @@ def keeping(forward: Callable[..., tuple[Tensor, ...]], kept: list[Tensor]) -> C
 
 @pytest.mark.parametrize(("name", "alignment"), [("vilt", "biased_general_kwq"), ("lxmert", "tanh_qwk")])
 def test_the_weights_of_a_run_hold_the_matrix_and_bias_of_the_score(name: str, alignment: str, tmp_path: Path) -> None:
-    write_model(name, wide(name, alignment), tmp_path, alignment)
+    write_model(name, wide(name, alignment), tmp_path, alignment=alignment)
     loaded = load_model(str(tmp_path))
     inputs = loaded.family.encode(read_reference("reference:test:2"), loaded)
     seen: dict[str, Tensor] = {}
