@@ -7,6 +7,7 @@ makes a further set, so that nothing that stands is ever rewritten.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class OutputSet:
     conditions: tuple[Condition, ...]
     phrases: int
 
-    @property
+    @cached_property
     def path(self) -> str:
         """Where the set lies in the run."""
         return f"{GROUP}/{set_name(self.conditions)}"

@@ -70,7 +70,8 @@ class Relevance:
 
     `weighting` lets residual and attention of each token count by their norms, or by gradient times value, where Chefer
     et al. let both count alike: weighted accumulation after Huang et al. (arXiv 2308.10240), whose formula could not be
-    read. This one is our own, scaled so that equal terms give Chefer's rules.
+    read. This one is our own, scaled so that equal terms give Chefer's rules; where relevance is normalised between
+    streams, what the residuals alone have left is taken away, as equation 8 takes the identity.
     """
 
     name: ClassVar[str] = "relevance"

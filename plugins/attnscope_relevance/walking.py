@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+_ROUNDING = 1e-14
 Rows: TypeAlias = dict[str, np.ndarray]
 """A row of relevance for each stream: (token,) each."""
 
@@ -120,19 +121,27 @@ class Walk:
         kept = self.shares(event)
         return kept, 2 - kept
 
+    def _unmoved(self, stream: str, until: int) -> np.ndarray:
+        """What the residuals alone leave of each token's relevance for itself, (token,): 1 without weights.
+
+        It is what equation 8 takes away, so that what attention has brought stays, and is never negative.
+        """
+        kept = [self._weights(event)[0] for event in self.events[:until] if event.queries == event.keys == stream]
+        return np.prod([np.ones(self.sizes[stream]), *kept], axis=0)
+
     def _totals(self, stream: str, until: int) -> np.ndarray:
-        """Row sums of R - I, (token,)."""
-        return self._column(stream, np.ones(self.sizes[stream]), until) - 1
+        """Row sums of what equation 8 leaves of R, (token,)."""
+        return _gain(self._column(stream, np.ones(self.sizes[stream]), until), self._unmoved(stream, until))
 
     def _normalised_column(self, stream: str, row: np.ndarray, until: int) -> np.ndarray:
         """A row times the transpose of the normalised relevance (equation 10 transposes it), (token,)."""
-        gained = self._column(stream, row, until) - row
+        gained = self._column(stream, row, until) - self._unmoved(stream, until) * row
         return self._scaled(gained, self._totals(stream, until), row != 0) + row
 
     def _normalised_rows(self, stream: str, row: np.ndarray, until: int) -> Rows:
         scaled = self._scaled(row, self._totals(stream, until), row != 0)
         found = self._carried(stream, scaled, until)
-        found[stream] = found[stream] - scaled + row
+        found[stream] = found[stream] - self._unmoved(stream, until) * scaled + row
         return found
 
     def _scaled(self, values: np.ndarray, totals: np.ndarray, asked: np.ndarray) -> np.ndarray:
@@ -148,11 +157,13 @@ class Walk:
                 (s, q): np.eye(self.sizes[s]) if s == q else np.zeros((self.sizes[s], self.sizes[q]))
                 for s, q in itertools.product(names, repeat=2)
             }
+            passed = 0
             for group in _together(self.events):
-                self._advance(self._state, group)
+                self._advance(self._state, group, passed)
+                passed += len(group)
         return self._state
 
-    def _advance(self, state: dict[tuple[str, str], np.ndarray], group: Sequence[Event]) -> None:
+    def _advance(self, state: dict[tuple[str, str], np.ndarray], group: Sequence[Event], passed: int) -> None:
         """Equations 6 and 7 for a stream's own attention; 10 and 11 for all of a group from what was before it."""
         added: list[tuple[tuple[str, str], np.ndarray]] = []
         for event in group:
@@ -161,24 +172,33 @@ class Walk:
             if event.is_self:
                 added += [((s, n), (kept - 1) * state[s, n] + gained * (one @ state[s, n])) for n in self.sizes]
                 continue
-            looked = self._normalised(state[s, s]).T @ one
-            added.append(((s, q), gained * (looked @ self._normalised(state[q, q]))))
+            looked = self._normalised(state[s, s], self._unmoved(s, passed)).T @ one
             added.append(((s, s), gained * (one @ state[q, s])))
             # What the stream that is looked at has of others passes on with its own, in the same proportion.
-            added += [((s, n), gained * (looked @ self._per_gain(state, q, n))) for n in self.sizes if n not in (s, q)]
+            theirs = self._unmoved(q, passed)
+            per_gain = {n: _per_gain(state[q, n], _gain(state[q, q].sum(-1), theirs)) for n in self.sizes}
+            per_gain[q] = self._normalised(state[q, q], theirs)
+            added += [((s, n), gained * (looked @ per_gain[n])) for n in self.sizes if n != s]
         for place, addition in added:
             state[place] = state[place] + addition
 
-    def _normalised(self, relevance: np.ndarray) -> np.ndarray:
-        gained = relevance - np.eye(len(relevance))
-        totals = gained.sum(-1, keepdims=True)
+    def _normalised(self, relevance: np.ndarray, unmoved: np.ndarray) -> np.ndarray:
+        """Equations 8 and 9, without what the residuals alone have left, (token,)."""
+        identity = np.eye(len(relevance))
+        totals = _gain(relevance.sum(-1), unmoved)
         self.dead += int((totals <= 0).sum())
-        return np.divide(gained, totals, out=np.zeros_like(gained), where=totals > 0) + np.eye(len(relevance))
+        return _per_gain(relevance - unmoved * identity, totals) + identity
 
-    def _per_gain(self, state: Mapping[tuple[str, str], np.ndarray], stream: str, other: str) -> np.ndarray:
-        """A stream's relevance for another per what it gained of itself, (token, other token)."""
-        totals = state[stream, stream].sum(-1, keepdims=True) - 1
-        return np.divide(state[stream, other], totals, out=np.zeros_like(state[stream, other]), where=totals > 0)
+
+def _gain(totals: np.ndarray, unmoved: np.ndarray) -> np.ndarray:
+    """What is left of row sums (token,) without what the residuals alone have left; 0 where that is rounding."""
+    left = totals - unmoved
+    return np.where(left > _ROUNDING * unmoved, left, 0.0)
+
+
+def _per_gain(relevance: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Relevance (token, other token) per what each token gained (token,); nothing for one that gained nothing."""
+    return np.divide(relevance, totals[:, None], out=np.zeros_like(relevance), where=totals[:, None] > 0)
 
 
 def _together(events: Sequence[Event]) -> Iterator[list[Event]]:

@@ -160,50 +160,62 @@ def test_rows_of_a_stream_that_looks_at_another_equal_the_whole_matrices() -> No
 
 
 def walked_by_loops(
-    events: list[walking.Event], maps: dict[walking.Event, np.ndarray], sizes: dict[str, int]
+    events: list[walking.Event],
+    maps: dict[walking.Event, np.ndarray],
+    sizes: dict[str, int],
+    shares: dict[walking.Event, np.ndarray],
 ) -> dict[tuple[str, str], np.ndarray]:
-    """Equations 6, 7, 10 and 11 entry by entry, for events none of which steps together with another."""
-    state = {(s, q): np.eye(sizes[s], sizes[q]) * (s == q) for s in sizes for q in sizes}
+    """Equations 6, 7, 10 and 11 entry by entry, for events none of which steps together with another.
 
-    def gain(stream: str, token: int) -> float:
-        return sum(state[stream, stream][token]) - 1
+    What each token has of itself through residuals alone is carried along beside it.
+    """
+    state = {(s, q): np.eye(sizes[s], sizes[q]) * (s == q) for s in sizes for q in sizes}
+    alone = {s: [1.0] * sizes[s] for s in sizes}
 
     def normal(stream: str, of: str, i: int, j: int) -> float:
         own = float(stream == of and i == j)
-        total = gain(stream, i)
-        return own + ((state[stream, of][i, j] - own) / total if total > 0 else 0)
+        total = sum(state[stream, stream][i]) - alone[stream][i]
+        return own + ((state[stream, of][i, j] - own * alone[stream][i]) / total if total > 1e-9 else 0)
 
     for event in events:
-        s, q, one = event.queries, event.keys, maps[event]
+        s, q, one, kept = event.queries, event.keys, maps[event], shares[event]
         new = {key: values.copy() for key, values in state.items()}
         for n, i in ((n, i) for n in sizes for i in range(sizes[s])):
             for j in range(sizes[n]):
+                new[s, n][i, j] *= kept[i] if s == q else 1
                 for k, m in ((k, m) for k in range(one.shape[0]) for m in range(one.shape[1])):
                     if s in (q, n):
-                        new[s, n][i, j] += one[i, m] * state[q, n][m, j] * (k == i)
+                        new[s, n][i, j] += (2 - kept[i]) * one[i, m] * state[q, n][m, j] * (k == i)
                     else:
-                        new[s, n][i, j] += normal(s, s, k, i) * one[k, m] * normal(q, n, m, j)
+                        new[s, n][i, j] += (2 - kept[i]) * normal(s, s, k, i) * one[k, m] * normal(q, n, m, j)
+        alone[s] = [have * kept[i] if s == q else have for i, have in enumerate(alone[s])]
         state = new
     return state
 
 
+@pytest.mark.parametrize("spread", [0, 0.2, 0.9])
 @pytest.mark.parametrize(
     "pattern", ["nn ii qq qi ii in qi", "nn ii in qq qi qq qi", "ii nn in qq ii ni nn qi qq qi", "ii nn in ii ni qi"]
 )
-def test_a_stream_that_is_seen_through_another_has_its_share(pattern: str) -> None:
+def test_a_stream_that_is_seen_through_another_has_its_share(pattern: str, spread: float) -> None:
     # q looks at i, which looks at n, or both at each other: what q has of n is what i has of it, per what i gained.
     sizes = {"q": 3, "i": 4, "n": 2}
     events, maps = two_streams(pattern, sizes)
-    expected = walked_by_loops(events, maps, sizes)
-    walk = walking.Walk(events, maps.__getitem__, sizes)
+    generator = np.random.default_rng(5)
+    shares = {e: generator.uniform(1 - spread, 1 + spread, sizes[e.queries]) for e in events}
+    expected = walked_by_loops(events, maps, sizes, shares)
+    weights = shares.__getitem__ if spread else None
+    walk = walking.Walk(events, maps.__getitem__, sizes, weights)
     for row in np.eye(3):
         found = walk.rows("q", row)
         for name in sizes:
-            np.testing.assert_allclose(found[name], row @ expected["q", name], rtol=1e-12)
+            np.testing.assert_allclose(found[name], row @ expected["q", name], rtol=1e-11, atol=1e-14)
     assert expected["q", "n"].any()
-    whole = walking.Walk(events, maps.__getitem__, sizes)._matrices()
+    # What attention brings is never less than nothing, however small a part of it is the residual's.
+    assert all((values >= 0).all() for values in expected.values())
+    whole = walking.Walk(events, maps.__getitem__, sizes, weights)._matrices()
     for place, values in expected.items():
-        np.testing.assert_allclose(whole[place], values, rtol=1e-12)
+        np.testing.assert_allclose(whole[place], values, rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("pattern", ["ii ii qq qi qq qi", "ii qq qi iq qq ii"])
@@ -252,11 +264,11 @@ def test_without_transpose_and_norm_across_streams_it_would_be_one_stream() -> N
 
 def test_normalised_relevance_has_rows_of_two_and_dead_rows_stay_the_identity(maps: np.ndarray) -> None:
     walk = walking.Walk([], lambda event: np.zeros(0), {})
-    relevance = brute_relevance(maps[:, 0])
-    np.testing.assert_allclose(walk._normalised(relevance).sum(-1), 2, rtol=1e-12)
+    relevance, unmoved = brute_relevance(maps[:, 0]), np.ones(TOKENS)
+    np.testing.assert_allclose(walk._normalised(relevance, unmoved).sum(-1), 2, rtol=1e-12)
     assert walk.dead == 0
     relevance[2] = np.eye(TOKENS)[2]
-    np.testing.assert_array_equal(walk._normalised(relevance)[2], np.eye(TOKENS)[2])
+    np.testing.assert_array_equal(walk._normalised(relevance, unmoved)[2], np.eye(TOKENS)[2])
     assert walk.dead == 1
 
 
