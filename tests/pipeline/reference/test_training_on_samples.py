@@ -150,7 +150,7 @@ def gradient_of(out: Path) -> np.ndarray:
 
 
 RANKS = """
-import sys, torch
+import json, sys, torch
 from pathlib import Path
 from attnscope.reference.making import recipe_of
 from attnscope.reference.sharing import Share
@@ -160,8 +160,14 @@ number, out = int(sys.argv[1]), Path(sys.argv[2])
 meeting = f"file://{out / 'meet'}"
 torch.distributed.init_process_group("gloo", init_method=meeting, rank=number, world_size=2)
 for place in sorted(out.glob("*-*")):
-    changes = __import__("json").loads((place / "changes.json").read_text())
-    Training(recipe_of(place.name.partition("-")[0], changes), 0, place / "training", None, Share(number, 2)).advance()
+    changes = json.loads((place / "changes.json").read_text())
+    training = Training(recipe_of(place.name.partition("-")[0], changes), 0, place / "training", None, Share(number, 2))
+    training.advance()
+    # All that it keeps is the same in both.
+    for name, value in training.learner.state_dict().items():
+        parts = [torch.empty_like(value) for _ in range(2)]
+        torch.distributed.all_gather(parts, value.contiguous())
+        assert torch.equal(*parts), (place.name, name)
 torch.distributed.destroy_process_group()
 """
 
@@ -172,6 +178,8 @@ def test_two_processes_have_the_gradients_of_one(photographs: Path, tmp_path: Pa
     world = one_step | {"scenes": 40}
     own = one_step | SIZES | {"samples": str(photographs), "validation_scenes": 2}
     cases = {"clip-world": world, "text-world": world, "clip-own": own, "text-own": own}
+    # Its matching has wrong partners out of each share.
+    cases["simla-own"] = own | {"without": ["itm"]}
     for name, changes in cases.items():
         model = name.partition("-")[0]
         for folder in (tmp_path / "one" / name, tmp_path / "two" / name):
@@ -183,7 +191,7 @@ def test_two_processes_have_the_gradients_of_one(photographs: Path, tmp_path: Pa
     command = [sys.executable, "-c", RANKS]
     ranks = [subprocess.Popen([*command, str(number), str(tmp_path / "two")]) for number in range(2)]
     assert [rank.wait() for rank in ranks] == [0, 0]
-    for name in cases:
+    for name in cases.keys() - {"simla-own"}:
         one, two = gradient_of(tmp_path / "one" / name), gradient_of(tmp_path / "two" / name)
         np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-5 * np.abs(one).max(), err_msg=name)
 
