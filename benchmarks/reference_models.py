@@ -2,8 +2,8 @@
 
     python benchmarks/reference_models.py [PART ...]
 
-Parts are modes, entropy, preference, relevance, ablation, alignment and masked; all of them without one. Brackets hold
-95 % bootstrap intervals. Scenes are of splits that no model was trained on.
+Parts are modes, entropy, preference, relevance, ablation, alignment, regions, concepts and masked; all of them without
+one. Brackets hold 95 % bootstrap intervals. Scenes are of splits that no model was trained on.
 """
 
 import sys
@@ -16,6 +16,7 @@ import xarray as xr
 import attnscope
 from attnscope.analysis import Analyser, make_analyser
 from attnscope.quantities import ExtractSpec
+from attnscope.reference.scenes import COLOURS, SHAPES
 
 SCORE = frozenset({"score"})
 Options = dict[str, object]
@@ -118,6 +119,30 @@ def alignment() -> Iterator[str]:
             yield f"{name} {result[name].dims}: {told(result, str(name), 3)}"
 
 
+def regions() -> Iterator[str]:
+    """Grounding of LXMERT's words in its regions, by attention and by its gradient, and the pointing of relevance."""
+    for options in ({"maps": "attention"}, {"maps": "gradcam"}):
+        wanted: dict[str, Options] = {"multilevel_alignment": {**options, "target": "matching"}}
+        (result,) = analysed("reference:lxmert", "reference:test:60", wanted, target="matching")
+        for name in ("pointing", "mass", "box", "region"):
+            yield f"{options['maps']} {name}: {told(result, name)}; by chance {told(result, f'{name}_chance')}"
+        yield f"matching {told(result, 'matching')}"
+    methods: Options = {"methods": ["relevance", "gradient", "attention", "rollout"], "target": "masked"}
+    (found,) = analysed("reference:lxmert", "reference:test:masked:80", {"relevance": methods}, target="masked")
+    yield f"masked words: {pointing(found.sel(stream='vision'))}"
+
+
+def concepts() -> Iterator[str]:
+    """What images show and their captions leave out, by the models' scores of pairs."""
+    listed = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    for model, target in (("clip", "similarity"), ("vilt", "matching"), ("lxmert", "matching")):
+        wanted: dict[str, Options] = {"multilevel_alignment": {"concepts": listed, "target": target}}
+        (result,) = analysed(f"reference:{model}", "reference:test:60", wanted, target=target)
+        yield f"{model}: {int(result['missing_skipped'])} captions leave out nothing"
+        for name in ("missing_precision", "missing_recall"):
+            yield f"  {name} {told(result, name)}; by chance {told(result, f'{name}_chance', 3)}"
+
+
 def masked() -> Iterator[str]:
     """Pointing and perturbation of ViLT for one masked colour or shape."""
     methods = ["relevance", "gradient", "attention", "rollout"]
@@ -128,7 +153,17 @@ def masked() -> Iterator[str]:
     yield from faithful(areas)
 
 
-PARTS: Sequence[Callable[[], Iterator[str]]] = (modes, entropy, preference, relevance, ablation, alignment, masked)
+PARTS: Sequence[Callable[[], Iterator[str]]] = (
+    modes,
+    entropy,
+    preference,
+    relevance,
+    ablation,
+    alignment,
+    regions,
+    concepts,
+    masked,
+)
 
 
 def main() -> None:

@@ -226,6 +226,11 @@ def _charts(part: xr.Dataset, measure: str, meaning: str) -> Iterator[Element]:
         caption = f"{words}. Bands: 95 % interval over samples. Tokens taken on average at each fraction, {counts}."
         yield LineChart(fractions, lines, "fraction of the tokens taken away", measure, caption)
     rows = [
+        [f"{r}, {end} relevant first", *(_told(part.sel(fraction=f), measure, ranking=r, end=end) for f in fractions)]
+        for end, r in itertools.product(_ENDS, part["ranking"].values)
+    ]
+    yield Table(["step", *(f"{f:g}" for f in fractions)], rows, f"At each fraction of the tokens taken: {meaning}.")
+    rows = [
         [str(r), *(_told(part, f"{measure}_area", ranking=r, end=e) for e in _ENDS)] for r in part["ranking"].values
     ]
     yield Table(["ranking", "area, first gone", "area, last gone"], rows, f"Area under the curves of {meaning}.")

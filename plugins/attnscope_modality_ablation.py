@@ -31,6 +31,8 @@ _EXTRACTED = 1
 _DRAWS = 1000
 _LEVELS = ("none", "part", "all")
 _PLAIN = ("effect_size", "correct", "examples", "skipped", "share")
+# What is asked of the model under a condition, where it isn't what an option says.
+_CONDITION = {"answer": "target"}
 _DIRECTIONS = ("vision_for_language", "language_for_vision")
 _WORDS = {
     "vision_for_language": ("the image", ("nothing", "the object", "all of the image")),
@@ -43,15 +45,17 @@ class ModalityAblation:
     """Loss with the other modality intact, without the part that matters, and without all of it.
 
     `language` is what the model is asked for while the image is ablated: the masked 'phrase' (bits), its own 'target'
-    score, or 'none' to leave the direction out; `vision` while words are: the masked 'object' (bits, of a model that
-    tells its image tokens), the 'target', or 'none'. `operators` stand in the place of image tokens, one result each;
+    score, its 'answer' (bits a token: what it wrote behind the prompt, of a run with `generate`; what a text's mask
+    tokens stand for; else the class or word that it says of the intact input), or 'none' to leave the direction out;
+    `vision` while words are: the masked 'object' (bits, of a model that tells its image tokens), the 'target', the
+    'answer', or 'none'. `operators` stand in the place of image tokens, one result each;
     `threshold` of the overlap from which an image token belongs to an object, with a sweep over `thresholds`.
     """
 
     name: ClassVar[str] = "modality_ablation"
     title: ClassVar[str] = "Ablation of a modality"
-    language: Literal["phrase", "target", "none"] = "phrase"
-    vision: Literal["object", "target", "none"] = "none"
+    language: Literal["phrase", "target", "answer", "none"] = "phrase"
+    vision: Literal["object", "target", "answer", "none"] = "none"
     operators: tuple[Operator, ...] = ("mean",)
     text_operator: Literal["mask", "drop"] = "mask"
     threshold: float = 0.5
@@ -77,7 +81,11 @@ class ModalityAblation:
 
     def _levels(self, direction: str, operator: str) -> list[Condition]:
         """The conditions without ablation, without the part, and without all."""
-        asked: dict[str, object] = {"ask": self._asks(direction), "operator": operator, "threshold": self.threshold}
+        asked: dict[str, object] = {
+            "ask": _CONDITION.get(ask := self._asks(direction), ask),
+            "operator": operator,
+            "threshold": self.threshold,
+        }
         if direction == "vision_for_language":
             return [Condition(**asked, image=image) for image in ("intact", "object", "all")]  # type: ignore[arg-type]
         asked["text_operator"] = self.text_operator
@@ -87,7 +95,7 @@ class ModalityAblation:
         if self.language == "none":
             return []
         return [
-            Condition(ask=self.language, image="object", operator=operator, threshold=t)  # type: ignore[arg-type]
+            Condition(ask=_CONDITION.get(self.language, self.language), image="object", operator=operator, threshold=t)  # type: ignore[arg-type]
             for t in self.thresholds
         ]
 
@@ -111,19 +119,29 @@ class ModalityAblation:
     def _losses(
         self, run: Run, conditions: list[Condition], ask: str, extracted: np.ndarray
     ) -> tuple[np.ndarray, xr.Dataset]:
-        """Losses (condition, sample, phrase) in bits, or the score's negative; NaN where an example is not whole."""
+        """Losses (condition, sample, phrase) in bits, or the score's negative; NaN where an example is not whole.
+
+        Where no sample has a phrase, there is no part to take away: examples are whole without it.
+        """
         outputs = run.outputs_under(conditions)
         if "phrase" not in outputs.dims:
             outputs = outputs.expand_dims("phrase", axis=-1)
         values = outputs["loss"] / np.log(2) if ask != "target" else -outputs["score"]
-        whole = (outputs["changed"].values >= 0).all(0) & np.isfinite(values.values).all(0) & extracted[:, None]
+        has_parts = _examples(run, extracted, by_phrase=True) > 0
+        counted = [at for at, condition in enumerate(conditions) if has_parts or not _is_part(condition)]
+        there = (outputs["changed"].values >= 0) & np.isfinite(values.values)
+        whole = there[counted].all(0) & extracted[:, None]
+        if ask == "answer" and not whole.any():
+            raise ValueError(
+                f"{run.location} holds no answers: its target is none that a model gives as a class or word"
+            )
         return np.where(whole, values.values, np.nan), outputs
 
     def _direction(self, run: Run, direction: str, extracted: np.ndarray) -> xr.Dataset:
         ask = self._asks(direction)
         unit = "1" if ask == "target" else "bit"
         what = "negative score" if ask == "target" else "loss"
-        loss, influence, effect, examples, skipped, correct, share = [], [], [], [], [], [], []
+        loss, influence, effect, examples, skipped, correct, share, each = [], [], [], [], [], [], [], []
         for operator in self.operators:
             conditions = self._levels(direction, operator)
             values, outputs = self._losses(run, conditions, ask, extracted)
@@ -132,15 +150,17 @@ class ModalityAblation:
             loss.append(self._interval(values))
             influence.append(self._interval(gained))
             effect.append([_effect_size(g[whole]) for g in gained])
+            each.append(_mean_of_examples(gained[-1]))
             examples.append(whole.sum())
             wanted = (outputs["changed"].values[0] >= 0) | (outputs["asked"].values[0] > 0)
-            skipped.append(_examples(run, extracted, by_phrase=conditions[1].by_phrase) - whole.sum())
+            by_phrase = conditions[1].by_phrase and _examples(run, extracted, by_phrase=True) > 0
+            skipped.append(_examples(run, extracted, by_phrase=by_phrase) - whole.sum())
             told = np.where(whole & wanted, outputs["correct"].values, np.nan)
             correct.append([np.nanmean(t) if np.isfinite(t).any() else np.nan for t in told])
             counts = outputs["content"].values[1][whole]
-            share.append(
-                np.mean(outputs["changed"].values[1][whole] / np.maximum(counts, 1)) if counts.size else np.nan
-            )
+            taken = outputs["changed"].values[1][whole]
+            known = taken >= 0
+            share.append(np.mean((taken / np.maximum(counts, 1))[known]) if known.any() else np.nan)
         names = ("operator", "level")
         found: dict[str, tuple[object, np.ndarray, str, str]] = {}
         for name, intervals, words in (
@@ -156,6 +176,12 @@ class ModalityAblation:
         draws = np.array([i[3] for i in influence])
         found |= {
             "influence_draws": (("operator", "level", "draw"), draws, "influence under draws of the bootstrap", unit),
+            "influence_of_sample": (
+                ("operator", "sample"),
+                np.array(each),
+                f"{what} of each sample without all of the other modality, minus that with it",
+                unit,
+            ),
             "effect_size": (names, np.array(effect), "mean influence over its standard deviation over examples", "1"),
             "correct": (names, np.array(correct, float), "share of what was asked for that the model puts first", "1"),
             "examples": ("operator", np.array(examples), "number of phrases or samples that count", "1"),
@@ -163,7 +189,9 @@ class ModalityAblation:
             "share": ("operator", np.array(share, float), "share of the content tokens that the part is", "1"),
         }
         variables = {n: xr.Variable(d, v, {"long_name": w, "units": u}) for n, (d, v, w, u) in found.items()}
-        return xr.Dataset(variables, {"operator": np.array(self.operators, object), "level": np.array(_LEVELS, object)})
+        sample = np.array(run.sample_ids, object)
+        coordinates = {"operator": np.array(self.operators, object), "level": np.array(_LEVELS, object)}
+        return xr.Dataset(variables, {**coordinates, "sample": sample})
 
     def _interval(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Mean over examples, ends of its interval, (level) each, and its draws (level, draw)."""
@@ -181,7 +209,12 @@ class ModalityAblation:
         low, high = np.nanquantile(first - second, [0.025, 0.975], axis=-1)
         unit = parts[0]["influence"].attrs["units"] if self.language != "target" and self.vision != "target" else "1"
         words = "influence of all of the image on language, minus that of all words on vision"
+        paired = parts[0]["influence_of_sample"].values - parts[1]["influence_of_sample"].values
+        effect = np.array([_effect_size(one[np.isfinite(one)]) for one in paired])
+        told = "mean over standard deviation, over samples, of the asymmetry of each"
         return {
+            "asymmetry_effect_size": xr.Variable("operator", effect, {"long_name": told, "units": "1"}),
+        } | {
             name: xr.Variable("operator", values, {"long_name": prefix + words, "units": unit})
             for name, values, prefix in (
                 ("asymmetry", difference, ""),
@@ -195,13 +228,13 @@ class ModalityAblation:
         for operator in self.operators:
             conditions = [self._levels("vision_for_language", operator)[0], *self._sweep(operator)]
             outputs = run.outputs_under(conditions)
-            values = outputs["loss"].values / np.log(2) if self.language == "phrase" else -outputs["score"].values
+            values = -outputs["score"].values if self.language == "target" else outputs["loss"].values / np.log(2)
             values = np.where(extracted[:, None] & (outputs["changed"].values >= 0), values, np.nan)
             gained = values[1:] - values[0]
             changed, content = (outputs[n].values[1:] for n in ("changed", "content"))
             shares = np.where(np.isfinite(gained), changed / np.maximum(content, 1), np.nan)
             found.append((*self._interval(gained)[:3], np.nanmean(shares, axis=(1, 2))))
-        unit = "bit" if self.language == "phrase" else "1"
+        unit = "1" if self.language == "target" else "bit"
         words = "influence of the object, by the overlap from which an image token belongs to it"
         names = ("swept", "swept_low", "swept_high", "swept_share")
         said = (words, f"lower end of the interval of: {words}", f"upper end of the interval of: {words}",
@@ -225,10 +258,13 @@ class ModalityAblation:
         for direction in result["direction"].values:
             yield from _direction_elements(result.sel(direction=direction), str(direction))
         if "asymmetry" in result:
-            rows = [[str(o), _told(result.sel(operator=o), "asymmetry")] for o in result["operator"].values]
+            rows = [
+                [str(o), _told(at := result.sel(operator=o), "asymmetry"), float(at["asymmetry_effect_size"])]
+                for o in result["operator"].values
+            ]
             yield Heading("Asymmetry")
             caption = "Influence of all of the image minus that of all words; the losses are of different tasks."
-            yield Table(["operator", "vision for language minus language for vision"], rows, caption)
+            yield Table(["operator", "vision for language minus language for vision", "effect size"], rows, caption)
         if "swept" in result:
             yield Heading("Which image tokens are the object")
             lines = [
@@ -267,6 +303,17 @@ def _direction_elements(part: xr.Dataset, direction: str) -> Iterator[Element]:
         spread = part["influence"].sel(level="all")
         least, most = float(spread.min()), float(spread.max())
         yield Note(f"By operator, the influence of all goes from {least:.3f} to {most:.3f} {unit}.")
+
+
+def _mean_of_examples(values: np.ndarray) -> np.ndarray:
+    """Mean over the examples of each sample, of (sample, example); NaN for a sample without any."""
+    count = np.isfinite(values).sum(-1)
+    return np.divide(np.nansum(values, -1), count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def _is_part(condition: Condition) -> bool:
+    """Whether a condition takes a part of a modality, which a phrase has to name."""
+    return condition.image == "object" or condition.text == "phrase"
 
 
 def _effect_size(values: np.ndarray) -> float:

@@ -3,11 +3,14 @@
 1. Global: does a pair belong together? Retrieval among all samples by the similarity of dual encoders, and whether the
    model scores a text above its hard negative.
 2. Token: where do the words of a phrase look? Their map over the image is held against the box that the phrase names:
-   the pointing game, the mass inside, and which box has the most mass for its size; and what the words of a phrase
-   cost to tell with and without the image.
+   the pointing game, the mass inside, which box has the most mass for its size, and where a detector gave the image's
+   regions, whether the strongest is the phrase's; and what the words of a phrase cost to tell with and without the
+   image, and its object with and without the words.
 3. Concept: do the tokens that the CLS token attends to most (the last token of a text that is read from left to right)
    name what the image shows? As the paper chooses keywords (the four largest weights of the head mean) and as its code
-   does (four votes of every head, the five with most).
+   does (four votes of every head, the five with most). And what does the model find in the image that the text leaves
+   out? Of given concepts that the text doesn't name, the ones whose pair with the image it scores most, against the
+   labels of what no phrase names.
 
 The levels, the grounding and the keywords: Khan, Z. et al., "Single-Stream Multi-Level Alignment for Vision-Language
 Pretraining" (SIMLA), ECCV 2022, sections 3.5 and supplement 3. Its map is attention times the positive part of its
@@ -36,17 +39,25 @@ _DRAWS = 1000
 _NEGATIVE = Condition(text="negative")
 _EMBEDDING = Condition(ask="embedding")
 _RECONSTRUCTION = (Condition(ask="phrase"), Condition(ask="phrase", image="all"))
+# By zeros, which models that learned to tell image tokens read as a mask.
+_OBJECTS = (
+    Condition(ask="object", operator="zero"),
+    Condition(ask="object", operator="zero", text="all"),
+)
 _AT = (1, 5, 10)
 _KEYWORDS, _VOTED = 4, 5
+_MISSING_AT = (1, 2, 4)
 _GROUNDING = {
     "pointing": "share of phrases whose strongest patch lies in a box of theirs",
     "mass": "share of the map that lies in the phrase's boxes",
     "box": "share of phrases for which the box with most mass for its size is theirs (IoU of 0.5 or more)",
+    "region": "share of phrases whose strongest region of a detector's is theirs (IoU of 0.5 or more)",
 }
 _CHANCE = {
     "pointing": "share of patches in the phrase's boxes",
     "mass": "share of the image in the phrase's boxes",
     "box": "share of a sample's boxes that are the phrase's",
+    "region": "share of a detector's regions that are the phrase's",
 }
 
 
@@ -107,15 +118,35 @@ def recall_at(similarity: np.ndarray, places: np.ndarray) -> np.ndarray:
     return (above[:, None] < np.array(_AT)).astype(float)
 
 
+def names(text: str, concept: str) -> bool:
+    """Whether a text has the words of a concept in a row."""
+    words, wanted = text.lower().split(), concept.lower().split()
+    return any(words[at : at + len(wanted)] == wanted for at in range(len(words) - len(wanted) + 1))
+
+
+def found_among(scores: np.ndarray, wanted: np.ndarray, candidates: np.ndarray, count: int) -> tuple[float, float]:
+    """Precision and recall of the `count` candidates with the largest scores; all are (concept,).
+
+    What is wanted is a part of the candidates. Of equal scores the earlier concept goes first.
+    """
+    order = np.argsort(-np.where(candidates, scores, -np.inf), kind="stable")[: min(count, int(candidates.sum()))]
+    hits = float(wanted[order].sum())
+    return hits / len(order), hits / float(wanted.sum())
+
+
 @dataclass(frozen=True)
 class MultilevelAlignment:
     """Alignment of image and text globally, of words with patches over depth, and of keywords with content words.
 
     `site` is attention from words to image tokens, by default the first that there is; `maps` are its 'attention' (head
     mean) or 'gradcam' (times the positive part of the gradient, as SIMLA has it). `retrieval` needs a dual encoder,
-    `negatives` samples with `targets['negative']`, `reconstruction` a model that tells masked words. A patch lies in a
+    `negatives` samples with `targets['negative']`, `reconstruction` a model that tells masked words, and
+    `object_reconstruction` one that tells masked image tokens. `concepts` are what an image may show beside what its
+    text names, such as 'red circle'; each is scored as the text that `prompt` makes of it, by one run of the model, and
+    held against the labels of regions without a phrase. A patch lies in a
     box when it holds at least the share `inside` of what the patch that holds most of it does; phrases whose boxes
-    cover more than `largest` of the image are left out.
+    cover more than `largest` of the image are left out. What is said of patches holds for the regions of a detector as
+    well: a region's share in a box is that of its area.
     """
 
     name: ClassVar[str] = "multilevel_alignment"
@@ -125,6 +156,9 @@ class MultilevelAlignment:
     retrieval: bool = False
     negatives: bool = True
     reconstruction: bool = False
+    object_reconstruction: bool = False
+    concepts: tuple[str, ...] = ()
+    prompt: str = "a {}"
     inside: float = 0.5
     largest: float = 0.5
     target: int | str | None = None
@@ -134,8 +168,13 @@ class MultilevelAlignment:
         conditions = [INTACT, _NEGATIVE] if self.negatives else []
         conditions += [_EMBEDDING] if self.retrieval else []
         conditions += _RECONSTRUCTION if self.reconstruction else ()
+        conditions += _OBJECTS if self.object_reconstruction else ()
+        conditions += self._asked_concepts()
         quantities = {"attention", "score", *(["attention_relevance"] if self.maps == "gradcam" else [])}
         return ExtractSpec(frozenset(quantities), target=self.target, conditions=tuple(conditions))
+
+    def _asked_concepts(self) -> list[Condition]:
+        return [Condition(text="given", given=self.prompt.format(concept)) for concept in self.concepts]
 
     def analyse(self, run: Run) -> xr.Dataset:
         """Retrieval and matching, grounding and its chance by layer, keywords by layer, with intervals over samples."""
@@ -147,8 +186,13 @@ class MultilevelAlignment:
         if self.negatives:
             found |= self._negatives(run)
         if self.reconstruction:
-            found |= self._reconstruction(run)
+            words = "cross entropy of the masked words of a phrase"
+            found |= self._reconstruction(run, "reconstruction", "image", _RECONSTRUCTION, words)
             coordinates["image"] = np.array(["intact", "without"], object)
+        if self.object_reconstruction:
+            words = "divergence of what a masked image token of an object is told to be from what it is told unmasked"
+            found |= self._reconstruction(run, "object_reconstruction", "text", _OBJECTS, words)
+            coordinates["text"] = np.array(["intact", "without"], object)
         site = self._site(run)
         if site is not None:
             found |= self._grounding(run, site)
@@ -160,6 +204,9 @@ class MultilevelAlignment:
                 "text_layer": np.array(run.plan.sites[own].layers),
                 "keywords": np.array(["paper", "code"], object),
             }
+        if self.concepts:
+            found |= self._missing(run)
+            coordinates["chosen"] = np.array(_MISSING_AT)
         if not found:
             raise ValueError(f"{run.location} has no attention from words to an image, and nothing else was asked for")
         variables = {n: xr.Variable(d, v, {"long_name": w, "units": u}) for n, (d, v, w, u) in found.items()}
@@ -190,11 +237,11 @@ class MultilevelAlignment:
         count = np.array(int((run.status == 1).sum() - whole.sum()))
         return found | {"without_negative": ((), count, "number of samples without a negative text", unit)}
 
-    def _reconstruction(self, run: Run) -> Told:
-        losses = run.outputs_under(_RECONSTRUCTION)["loss"].values / np.log(2)  # (image, sample, phrase)
+    def _reconstruction(self, run: Run, name: str, dim: str, conditions: Sequence[Condition], words: str) -> Told:
+        """What is masked of one modality, told with the other intact and without it."""
+        losses = run.outputs_under(conditions)["loss"].values / np.log(2)  # (intact or without, sample, phrase)
         losses = np.where(np.isfinite(losses).all(0), losses, np.nan)
-        return self._told("reconstruction", ("image",), np.moveaxis(losses, 0, -1),
-                          "cross entropy of the masked words of a phrase", "bit")  # fmt: skip
+        return self._told(name, (dim,), np.moveaxis(losses, 0, -1), words, "bit")
 
     # -- token ------------------------------------------------------------------------------------------------------
 
@@ -296,6 +343,39 @@ class MultilevelAlignment:
             **self._told("precision_chance", (), chance, "share of a text's tokens that lie in an annotated phrase"),
         }
 
+    def _missing(self, run: Run) -> Told:
+        """Concepts that an image shows and its text leaves out, among those that the model scores most."""
+        scores = run.outputs_under(self._asked_concepts())["score"].values.astype(float)  # (concept, sample)
+        regions, texts = (run.samples[name].values for name in ("regions", "text"))
+        shape = (len(regions), 1, len(_MISSING_AT))
+        precision, recall, precision_chance, recall_chance = np.full((4, *shape), np.nan)
+        for sample in np.flatnonzero((run.status == 1) & np.isfinite(scores).all(0)):
+            listed = json.loads(str(regions[sample]) or "[]")
+            labels = [str(r["label"]) for r in listed if r.get("label")]
+            said = [str(texts[sample]), *(str(r["phrase"]) for r in listed if r.get("phrase"))]
+            # What a phrase names counts as said, also where another word stands between the concept's.
+            said += [str(r["label"]) for r in listed if r.get("label") and r.get("phrase")]
+            candidates = np.array([not any(names(text, c) for text in said) for c in self.concepts])
+            wanted = candidates & np.array([any(names(label, c) for label in labels) for c in self.concepts])
+            if not wanted.any():
+                continue
+            for at, count in enumerate(_MISSING_AT):
+                precision[sample, 0, at], recall[sample, 0, at] = found_among(
+                    scores[:, sample], wanted, candidates, count
+                )
+            precision_chance[sample] = wanted.sum() / candidates.sum()
+            recall_chance[sample, 0] = np.minimum(np.array(_MISSING_AT) / candidates.sum(), 1)
+        skipped = int((run.status == 1).sum() - np.isfinite(precision[:, 0, 0]).sum())
+        words = "of so many concepts that the model scores most, among those that the text doesn't name"
+        dims = ("chosen",)
+        return {
+            **self._told("missing_precision", dims, precision, f"share that the image shows, {words}"),
+            **self._told("missing_recall", dims, recall, f"share of what only the image shows that is there, {words}"),
+            **self._told("missing_precision_chance", dims, precision_chance, "share of these that the image shows"),
+            **self._told("missing_recall_chance", dims, recall_chance, "share of these that are chosen"),
+            "missing_skipped": ((), np.array(skipped), "number of samples whose text leaves out no known concept", "1"),
+        }
+
     def _told(self, name: str, dims: tuple[str, ...], values: np.ndarray, words: str, unit: str = "1") -> Told:
         """Mean over samples and phrases with its interval, of values (sample, phrase, ...)."""
         sums = bootstrap_sums(values, np.arange(len(values)), draws=_DRAWS, seed=self.seed).sum(2)
@@ -324,6 +404,8 @@ class MultilevelAlignment:
             )
         if result.attrs.get("text_site"):
             yield from _concept_elements(result)
+        if "missing_recall" in result:
+            yield from _missing_elements(result)
 
 
 class _Grounded:
@@ -336,6 +418,7 @@ class _Grounded:
         self._phrases = phrases_of(str(run.samples["regions"].values[position]))
         self._patches = np.flatnonzero(patches.is_of("image")[row])
         self._shares = patches.region_share[row][:, self._patches]
+        self._own_boxes = patches.box[row][self._patches]
         self._words = words.region_share[row]
         self._is_word = words.is_of("text", "generated", "special")[row]
         self._options = options
@@ -376,7 +459,9 @@ class _Grounded:
         if len(candidates) > 1:
             areas = np.array([_area(self._regions[n]["box"]) for n in candidates])
             best = candidates[best_box(values, self._shares[candidates], areas)]
-            found["box"] = float(self._is_his(best, mine))
+            found["box"] = float(self._is_his(self._regions[best]["box"], mine))
+        if self._has_boxes:
+            found["region"] = float(self._is_his(self._own_boxes[int(values.argmax())], mine))
         return found
 
     def chances(self, target: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
@@ -386,8 +471,15 @@ class _Grounded:
         found = {"pointing": float(inside.mean()), "mass": float(covered.mean())}
         candidates = self._candidates()
         if len(candidates) > 1:
-            found["box"] = float(np.mean([self._is_his(n, target[1]) for n in candidates]))
+            found["box"] = float(np.mean([self._is_his(self._regions[n]["box"], target[1]) for n in candidates]))
+        if self._has_boxes:
+            found["region"] = float(np.mean([self._is_his(box, target[1]) for box in self._own_boxes]))
         return found
+
+    @property
+    def _has_boxes(self) -> bool:
+        """Whether the image tokens are regions of a detector, of which it is known where they lie."""
+        return bool(self._own_boxes.size) and bool(np.isfinite(self._own_boxes).all())
 
     def _candidates(self) -> list[int]:
         """Regions of different boxes, grounds left out."""
@@ -397,8 +489,7 @@ class _Grounded:
                 seen.setdefault(tuple(self._regions[number]["box"]), number)
         return list(seen.values())
 
-    def _is_his(self, number: int, mine: np.ndarray) -> bool:
-        box = self._regions[number]["box"]
+    def _is_his(self, box: Sequence[float], mine: np.ndarray) -> bool:
         return any(intersection_over_union(box, self._regions[m]["box"]) >= 0.5 for m in mine)
 
 
@@ -430,21 +521,26 @@ def _global_elements(result: xr.Dataset) -> Iterator[Element]:
         yield Table(
             ["", "mean and 95 % interval"], rows, f"{int(result['without_negative'])} samples have no negative."
         )
-    if "reconstruction" in result:
-        yield Heading("Token: telling masked words with and without the image")
-        values, low, high = (result[f"reconstruction{s}"].values for s in ("", "_low", "_high"))
-        yield Bars([f"image {i}" for i in result["image"].values], values, low, high, "cross entropy (bit)")
+    for name, dim, told in (
+        ("reconstruction", "image", "masked words with and without the image"),
+        ("object_reconstruction", "text", "masked objects with and without the words"),
+    ):
+        if name in result:
+            yield Heading(f"Token: telling {told}")
+            values, low, high = (result[f"{name}{s}"].values for s in ("", "_low", "_high"))
+            yield Bars([f"{dim} {i}" for i in result[dim].values], values, low, high, "bit")
 
 
 def _token_elements(result: xr.Dataset) -> Iterator[Element]:
     yield Heading(f"Token: where the words of a phrase look ({result.attrs['site']})")
     lines = []
-    for name in _GROUNDING:
+    shown = [name for name in _GROUNDING if np.isfinite(result[name]).any()]
+    for name in shown:
         lines.append(Series(name, *(result[f"{name}{s}"].values for s in ("", "_low", "_high"))))
         level = np.full(result.sizes["layer"], float(result[f"{name}_chance"]))
         lines.append(Series(f"{name}, chance", level))
     yield LineChart(result["layer"].values, lines, "layer", "share", "Bands: 95 % interval over samples.")
-    rows = [[name, words, _CHANCE[name]] for name, words in _GROUNDING.items()]
+    rows = [[name, _GROUNDING[name], _CHANCE[name]] for name in shown]
     yield Table(["measure", "what it is", "chance"], rows)
     if int(result["phrases_skipped"]):
         yield Note(f"{int(result['phrases_skipped'])} phrases have no box, or words or patches that can't be told.")
@@ -466,6 +562,19 @@ def _concept_elements(result: xr.Dataset) -> Iterator[Element]:
             lines.append(Series(f"{short}, {way}", *one))
     lines.append(Series("precision, chance", np.full(result.sizes["text_layer"], float(result["precision_chance"]))))
     yield LineChart(result["text_layer"].values, lines, "layer", "share", "Bands: 95 % interval over samples.")
+
+
+def _missing_elements(result: xr.Dataset) -> Iterator[Element]:
+    yield Heading("Concept: what the image shows and the text leaves out")
+    names_of = ("missing_precision", "missing_precision_chance", "missing_recall", "missing_recall_chance")
+    rows = [
+        [f"{count} chosen", *(_said(result.sel(chosen=count), name) for name in names_of)]
+        for count in result["chosen"].values
+    ]
+    caption = "Concepts that the text doesn't name, those first whose pair with the image the model scores most."
+    yield Table(["", "precision", "by chance", "recall", "by chance"], rows, caption)
+    if int(result["missing_skipped"]):
+        yield Note(f"{int(result['missing_skipped'])} texts leave out nothing that is labelled; they don't count.")
 
 
 def _said(part: xr.Dataset, name: str) -> str:

@@ -54,6 +54,7 @@ REFERENCE = tuple(
         "corpus",
         "pairs",
         "sharing",
+        "mapper",
         "learners",
         "lessons",
         "examining",

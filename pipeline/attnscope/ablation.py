@@ -12,11 +12,12 @@ import torch
 
 from attnscope.conditions import Condition, Phrase
 from attnscope.families import Inputs
-from attnscope.families.labels import LABELS, UNASKED
+from attnscope.families.labels import LABELS, UNASKED, WRITTEN
 from attnscope.families.layouts import patch_grid
 from attnscope.families.losses import writes_forward
+from attnscope.families.regions import given_boxes
 from attnscope.loading import LoadedModel, ModelError
-from attnscope.samples import Sample
+from attnscope.samples import Sample, image_size
 from attnscope.tokens import KIND_CODES
 
 _PIXELS = "pixel_values"
@@ -303,7 +304,7 @@ class Ablation:
     # -- text -------------------------------------------------------------------------------------------------------
 
     def _text(self, condition: Condition, done: Applied, cases: Sequence[Case]) -> None:
-        if condition.text in ("intact", "negative") and condition.ask != "phrase":
+        if condition.text in ("intact", "negative", "given") and condition.ask != "phrase":
             return
         ids = done.inputs.get("input_ids")
         if ids is None:
@@ -368,6 +369,9 @@ class Ablation:
         tokenizer = self._loaded.tokenizer
         special = set(tokenizer.all_special_ids) if tokenizer is not None else set()
         special |= {n for name in _PLACEHOLDERS if isinstance(n := getattr(self._loaded.config, name, None), int)}
+        if WRITTEN in inputs and inputs[LABELS].shape == inputs["input_ids"].shape:
+            # What the model wrote is its answer, which is asked for.
+            real = real & (inputs[LABELS][row] == UNASKED)
         return real.cpu().numpy() & ~np.isin(ids.cpu().numpy(), list(special))
 
     def phrase_words(self, inputs: Inputs, row: int, case: Case) -> np.ndarray | None:
@@ -456,11 +460,8 @@ def token_boxes(image: ImageTokens, inputs: Inputs, row: int, sample: Sample, lo
     if size is None:
         return None
     if not image.on_grid:
-        places = inputs.get("visual_pos")
-        if places is None or places.shape[-1] < 4:
-            return None
-        boxes = places[row, : len(image.tokens), :4].float().cpu().numpy()
-        return boxes * np.array([*size, *size])
+        boxes = given_boxes(inputs, row, size)
+        return None if boxes is None else boxes[: len(image.tokens)]
     pixels = inputs.get(_PIXELS)
     if pixels is None:
         return None
@@ -468,12 +469,6 @@ def token_boxes(image: ImageTokens, inputs: Inputs, row: int, sample: Sample, lo
     low = np.stack([image.column * width, image.row * height], axis=1)
     cells = np.concatenate([low, low + np.array([width, height])], axis=1)
     return _in_original(cells, size, pixels, inputs, row, loaded)
-
-
-def image_size(sample: Sample) -> tuple[int, int] | None:
-    """Width and height of a sample's image in pixels."""
-    image = sample.load_image()
-    return None if image is None else image.size
 
 
 def _cell(image: ImageTokens, pixels: torch.Tensor, loaded: LoadedModel) -> tuple[float, float]:
@@ -524,7 +519,11 @@ def _pixel_mask(grid: np.ndarray, pixels: torch.Tensor, inputs: Inputs, row: int
     return grid[rows[:, None], columns] & (inside | grid.all())
 
 
-def with_negative(sample: Sample) -> Sample | None:
-    """The sample with its negative text in the place of its own; None where it has none."""
-    text = sample.targets.get("negative")
-    return None if text is None else replace(sample, text=str(text), regions=())
+def with_text(sample: Sample, condition: Condition) -> Sample | None:
+    """The sample with a condition's text in the place of its own: a given one, or its negative (None: it has none).
+
+    Its regions keep their boxes, which may be the model's image, and no longer say what its text names.
+    """
+    text = condition.given or sample.targets.get("negative")
+    unnamed = tuple(replace(region, phrase=None, span=None) for region in sample.regions)
+    return None if text is None else replace(sample, text=str(text), regions=unnamed)

@@ -96,6 +96,8 @@ def arrays_of(plan: RunPlan, spec: ExtractSpec, samples: int) -> Iterable[ArrayP
         if plan.regions:
             sizes = {"region": plan.regions, "token": tokens}
             yield planned(f"{stream}/region_share", quantity("stream", "region_share"), sizes)
+        if stream in plan.boxed:
+            yield planned(f"{stream}/box", quantity("stream", "box"), {"token": tokens, "side": 4})
     for name, site in plan.sites.items():
         for stored in sorted(site.stored(spec)):
             row = SITE_QUANTITIES[stored]
@@ -135,9 +137,10 @@ def create_array(root: zarr.Group, array: ArrayPlan, unit: int) -> None:
 def _chunks(
     row: Quantity, shape: tuple[int, ...], unit: int, itemsize: int
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Chunk near 1 MiB; shard of a whole block, and of one layer where layers are written one by one."""
+    """Chunk near 1 MiB; shard of a whole block, and of one layer (and written token) where these come one by one."""
     # The number of samples doesn't matter, since it may grow.
-    block = [unit if d == "sample" else 1 if d == "layer" else n for d, n in zip(row.dims, shape, strict=True)]
+    written = {"sample": unit, "layer": 1, "answer": 1}
+    block = [written.get(d, n) for d, n in zip(row.dims, shape, strict=True)]
     layers = shape[1] if row.group == "site" and row.name in SUMMARIES else 1
     if row.group == "samples" and row.name in WHOLE_RUN:
         block[0] = _NAMES_AT_ONCE

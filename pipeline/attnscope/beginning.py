@@ -13,6 +13,7 @@ from attnscope.blocks import SEED
 from attnscope.claims import POLL, Claims
 from attnscope.families import Inputs
 from attnscope.families.labels import encoded_samples
+from attnscope.families.regions import boxed_streams
 from attnscope.families.weights import projections
 from attnscope.growing import in_stored_order, room_for_regions, with_room
 from attnscope.loading import LoadedModel
@@ -49,7 +50,8 @@ def open_or_create(
     thumbnails = ready is None and any(s.image is not None for s in prepared.samples)
     roomy = with_room(prepared, loaded.text_limit) if grow else prepared
     plan = plan_run(calls, spec, roomy, batch_size, thumbnails, grows=grow)
-    plan = replace(plan, regions=room_for_regions(prepared.samples, grow))
+    regions = room_for_regions(prepared.samples, grow)
+    plan = replace(plan, regions=regions, boxed=boxed_streams(inputs, plan.streams) if regions else ())
     forecast = forecast_bytes(calls, plan, spec, len(prepared.samples))
     report("plan", message=f"the run will take about {_megabytes(forecast)}")
     check_space(forecast, out)

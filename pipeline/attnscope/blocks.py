@@ -15,17 +15,19 @@ from attnscope.claims import POLL, Claims
 from attnscope.families import Inputs
 from attnscope.families.labels import encoded_samples
 from attnscope.families.layouts import DEFAULT_LAYOUTS
+from attnscope.families.regions import given_boxes
+from attnscope.families.scores import written_logits
 from attnscope.loading import LoadedModel
 from attnscope.plan import THUMBNAIL_PIXELS
 from attnscope.planning import Prepared, RecordingError, run_model
 from attnscope.progress import BlockDone, Reporter
-from attnscope.quantities import RESIDUALS, ExtractSpec
+from attnscope.quantities import ANSWERS, RESIDUALS, SCORE_GRADIENTS, ExtractSpec
 from attnscope.ready import alike, collated
 from attnscope.recording import AttentionCall, recording
 from attnscope.regions import RegionReader
 from attnscope.residuals import ResidualTap, residual_shares
 from attnscope.run import EXTRACTED, LEFT_OUT, Run
-from attnscope.samples import SampleError
+from attnscope.samples import Sample, SampleError, image_size
 from attnscope.tokens import TokenLayout, unknown_layout
 from attnscope.writing import BlockBuffer, BlockWriter, TokenBuffer
 
@@ -125,7 +127,7 @@ def _extract_block(job: Job, block: range) -> None:
                 scores[0, batch_rows] = score
             for name, count in counts.items():
                 tokens[name].put(batch_rows, layouts.of(name, count))
-                regions.put(name, batch_rows, layouts.of(name, count))
+                regions.put(name, batch_rows, layouts.of(name, count), inputs)
             if job.run.plan.thumbnails:
                 pictures[batch_rows] = _thumbnails(job, block, batch_rows, inputs)
     if rows and (unfinished := buffer.unfinished()):
@@ -235,33 +237,63 @@ def _run_batch(
             outputs = run_model(loaded, leaves)
         score = family.score(outputs, target, inputs, loaded)
         places = [i for i, c in enumerate(recorded) if job.places.find(c) is not None]
-        calls: list[AttentionCall | None] = [recorded[i] for i in places]
+        calls = [recorded[i] for i in places]
         pairs = [None if tap is None else tap.pairs.get(i) for i in places]
-        wanted_of = [c.output for c in calls if c is not None] + [pair[1] for pair in pairs if pair is not None]
-        slopes = _gradients(score, wanted_of)
-    del outputs, recorded, tap, wanted_of
-    terms = iter(slopes[len(calls) :])
-    for i, gradient in enumerate(slopes[: len(calls)]):
-        call, pair = calls[i], pairs[i]
-        assert call is not None
-        slope = next(terms) if pair is not None else None
-        take(call, gradient, residual_shares(call, pair, slope) if follows else None)
-        calls[i] = pairs[i] = None
+        if job.spec.quantities & ANSWERS.keys():
+            logits = written_logits(outputs, inputs, loaded)
+            for answer in range(logits.shape[1]):
+                for call, gradient, shares in _sloped(logits[:, answer], calls, pairs, follows, keep=True):
+                    take.take_answer(answer, call, gradient, shares)
+                take.finish_answer()
+            take.finish_answers(logits.shape[1])
+            del logits
+        del outputs, recorded, tap
+        by_score = bool(job.spec.quantities & SCORE_GRADIENTS)
+        for call, gradient, shares in _sloped(score if by_score else None, calls, pairs, follows):
+            take(call, gradient, shares)
     take.finish()
     return score.detach().float().cpu().numpy(), take.tokens
 
 
-def _gradients(score: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+def _sloped(
+    score: torch.Tensor | None,
+    calls: list[AttentionCall],
+    pairs: list[tuple[torch.Tensor, torch.Tensor] | None],
+    follows: bool,
+    keep: bool = False,
+) -> Iterator[tuple[AttentionCall, torch.Tensor | None, dict[str, torch.Tensor] | None]]:
+    """Each call with the derivative of the score by its output (None for none), and the shares of its residuals.
+
+    Unless the graph is to be kept for another score, what has been given is let go.
+    """
+    outputs = [c.output for c in calls] + [pair[1] for pair in pairs if pair is not None]
+    slopes = [None] * len(outputs) if score is None else _gradients(score, outputs, keep)
+    terms = iter(slopes[len(calls) :])
+    waiting = deque(zip(calls, pairs, slopes, strict=False))
+    del outputs, slopes
+    if not keep:
+        calls.clear()
+        pairs.clear()
+    while waiting:
+        call, pair, gradient = waiting.popleft()
+        slope = next(terms) if pair is not None else None
+        yield call, gradient, residual_shares(call, pair, slope) if follows else None
+
+
+def _gradients(
+    score: torch.Tensor, tensors: Sequence[torch.Tensor | None], keep: bool = False
+) -> list[torch.Tensor | None]:
     """Derivative of the score by each tensor; None where the score doesn't depend on it."""
     if not score.requires_grad:
         raise RecordingError("the score does not depend on the model's inputs: no gradient can be taken of it")
     dependent = [t for t in tensors if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(score.sum(), dependent, allow_unused=True) if dependent else ())
+    asked = torch.autograd.grad(score.sum(), dependent, allow_unused=True, retain_graph=keep) if dependent else ()
+    found = iter(asked)
     return [next(found) if t is not None and t.requires_grad else None for t in tensors]
 
 
 class _Regions:
-    """How much of each token of a block lies in each region of its sample, by stream."""
+    """How much of each token of a block lies in each region of its sample, and its own box, by stream."""
 
     def __init__(self, job: Job, block: range) -> None:
         self._job = job
@@ -272,18 +304,31 @@ class _Regions:
             for name, count in plan.streams.items()
             if plan.regions
         }
+        self._boxes = {name: np.full((len(block), plan.streams[name], 4), np.nan, np.float32) for name in plan.boxed}
 
-    def put(self, stream: str, rows: Sequence[int], layout: TokenLayout) -> None:
+    def put(self, stream: str, rows: Sequence[int], layout: TokenLayout, inputs: Inputs) -> None:
         if stream not in self._shares:
             return
         into = self._shares[stream]
         for at, row in enumerate(rows):
             sample = self._job.prepared.sample(self._block.start + row)
-            into[row, :, : layout.token_count] = self._job.regions.shares(sample, layout, at, into.shape[1])
+            boxes = self._put_boxes(stream, row, sample, inputs, at)
+            into[row, :, : layout.token_count] = self._job.regions.shares(sample, layout, at, into.shape[1], boxes)
+
+    def _put_boxes(self, stream: str, row: int, sample: Sample, inputs: Inputs, at: int) -> np.ndarray | None:
+        """The boxes of a sample's tokens, (token, 4) in pixels of its image; None where they aren't known."""
+        size = image_size(sample) if stream in self._boxes else None
+        given = None if size is None else given_boxes(inputs, at, size)
+        if given is None:
+            return None
+        self._boxes[stream][row, : len(given)] = given
+        return self._boxes[stream][row, : len(given)]
 
     def write(self) -> None:
         for stream, shares in self._shares.items():
             self._job.run.write_block(f"{stream}/region_share", self._block, shares)
+        for stream, boxes in self._boxes.items():
+            self._job.run.write_block(f"{stream}/box", self._block, boxes)
 
 
 class Layouts:

@@ -10,7 +10,17 @@ from attnscope.families import Fold, Inputs
 from attnscope.loading import LoadedModel
 from attnscope.plan import SitePlan
 from attnscope.planning import RecordingError, check_output, check_rows, fold_of
-from attnscope.quantities import FACTORS, GRADIENT_QUANTITIES, RAGGED, SITE_QUANTITIES, SUMMARIES, TENSORS, ExtractSpec
+from attnscope.quantities import (
+    ANSWERS,
+    FACTORS,
+    RAGGED,
+    RESIDUALS,
+    SCORE_GRADIENTS,
+    SITE_QUANTITIES,
+    SUMMARIES,
+    TENSORS,
+    ExtractSpec,
+)
 from attnscope.ragged import without_padding
 from attnscope.recipes import RuleReader, proved_rows, recipe_of
 from attnscope.recording import AttentionCall
@@ -18,7 +28,7 @@ from attnscope.recording.calls import unseen
 from attnscope.run import Run
 from attnscope.summaries import Kinds, Summaries, TokenKinds
 from attnscope.tokens import KIND_CODES
-from attnscope.writing import BlockBuffer, encoded, gathered, head_tiles, on_host
+from attnscope.writing import BlockBuffer, Place, encoded, gathered, head_tiles, on_host
 
 _LOG_SUM_EXP_TOLERANCE = 1e-3
 
@@ -88,8 +98,8 @@ class Taker:
         self._rows, self._inputs = batch
         self._kinds = kinds
         self._rules = RuleReader()
-        self._parts: dict[tuple[str, int], dict[str, np.ndarray]] = {}
-        self._ends: dict[tuple[str, int], tuple[int, int]] = {}
+        self._parts: dict[tuple[str, Place], dict[str, np.ndarray]] = {}
+        self._ends: dict[tuple[str, Place], tuple[int, int]] = {}
         self._laid: set[tuple[str, int]] = set()
         self.tokens: dict[str, int] = {}
 
@@ -118,6 +128,41 @@ class Taker:
             values |= self._factors(call, plan, layer)
         self._put(site, layer, values)
 
+    def take_answer(
+        self,
+        answer: int,
+        call: AttentionCall,
+        gradient: torch.Tensor | None,
+        beside: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Take what is recorded of a call for the logit of one written token, of whose derivative this is."""
+        found = self._places.find(call)
+        if found is None:
+            return
+        site, layer, is_part = found
+        plan = self._run.plan.sites[site]
+        values = answer_quantities(call, gradient, self._spec, plan)
+        if is_part:
+            self._add_part(call, site, (layer, answer), values)
+            return
+        if beside is not None:
+            values |= {"answer_residual": beside["residual_gradient"].numpy()}
+        self._put(site, (layer, answer), values)
+
+    def finish_answer(self) -> None:
+        """Put what was gathered part by part for one written token."""
+        for (site, place), arrays in self._parts.items():
+            self._put(site, place, arrays)
+        self._parts = {}
+
+    def finish_answers(self, count: int) -> None:
+        """Say that the samples of the batch wrote so many tokens; they have nothing for further ones."""
+        for site, plan in self._run.plan.sites.items():
+            for name in sorted(plan.stored(self._spec) & ANSWERS.keys()):
+                for layer, answer in np.ndindex(len(plan.layers), self._run.plan.answers):
+                    if answer >= count:
+                        self._buffer.put(site, name, (layer, answer), self._rows, None)
+
     def finish(self) -> None:
         """Put what was gathered part by part; call it when the forward is over."""
         for (site, layer), arrays in self._parts.items():
@@ -141,12 +186,13 @@ class Taker:
                     " be left out; extract with form 'dense'"
                 )
 
-    def _put(self, site: str, layer: int, values: Mapping[str, np.ndarray]) -> None:
+    def _put(self, site: str, place: Place, values: Mapping[str, np.ndarray]) -> None:
         plan = self._run.plan.sites[site]
         if plan.form == "ragged" and "attention" in values:
-            self._put_ragged(site, layer, values["attention"])
+            assert isinstance(place, int)
+            self._put_ragged(site, place, values["attention"])
         for name in sorted(plan.stored(self._spec) & set(values)):
-            self._buffer.put(site, name, layer, self._rows, values[name])
+            self._buffer.put(site, name, place, self._rows, values[name])
 
     def _put_ragged(self, site: str, layer: int, attention: np.ndarray) -> None:
         plan = self._run.plan.sites[site]
@@ -191,10 +237,10 @@ class Taker:
         found["log_sum_exp"] = total.cpu().numpy()
         return found | {name: _plain(getattr(call, name), plan.dtype) for name in ("query", "key")}
 
-    def _add_part(self, call: AttentionCall, site: str, layer: int, values: Mapping[str, np.ndarray]) -> None:
-        fold = fold_of(call, self._loaded, self._inputs) or self._behind_the_others(call, site, layer)
+    def _add_part(self, call: AttentionCall, site: str, place: Place, values: Mapping[str, np.ndarray]) -> None:
+        fold = fold_of(call, self._loaded, self._inputs) or self._behind_the_others(call, site, place)
         self._count(self._run.plan.sites[site], int(fold.queries.max()) + 1, int(fold.keys.max()) + 1)
-        arrays = self._parts.setdefault((site, layer), {})
+        arrays = self._parts.setdefault((site, place), {})
         sizes = self._run.plan.sizes(self._run.plan.sites[site])
         for name, part in values.items():
             if name not in arrays:
@@ -206,11 +252,11 @@ class Taker:
         for stream, tokens in ((site.queries, queries), (site.keys, keys)):
             self.tokens[stream] = max(tokens, self.tokens.get(stream, 0))
 
-    def _behind_the_others(self, call: AttentionCall, site: str, layer: int) -> Fold:
+    def _behind_the_others(self, call: AttentionCall, site: str, place: Place) -> Fold:
         """The call's tokens follow those of the calls before it; the batch is one sample."""
         batch, _, queries, keys = call.shape
-        first_query, first_key = self._ends.get((site, layer), (0, 0))
-        self._ends[site, layer] = (first_query + batch * queries, first_key + batch * keys)
+        first_query, first_key = self._ends.get((site, place), (0, 0))
+        self._ends[site, place] = (first_query + batch * queries, first_key + batch * keys)
         return Fold(
             np.zeros(batch, np.int64),
             first_query + np.arange(batch * queries).reshape(batch, queries),
@@ -242,7 +288,7 @@ def call_quantities(
     valid = call.row_valid().expand(batch, heads, queries).any(dim=1)
     encoding = "exact" if plan.form == "factored" else spec.encoding
     beside = None if kinds is None else Summaries(kinds, valid, wanted & SUMMARIES, encoding)
-    found = _by_head_tiles(call, gradient, spec, wanted, beside) | {"query_valid": valid.cpu().numpy()}
+    found = _by_head_tiles(call, gradient, wanted, spec.encoding, beside) | {"query_valid": valid.cpu().numpy()}
     for name in TENSORS:
         tensor = getattr(call, name)
         if name in wanted and tensor is not None:
@@ -252,29 +298,39 @@ def call_quantities(
     return found
 
 
+def answer_quantities(
+    call: AttentionCall, gradient: torch.Tensor | None, spec: ExtractSpec, plan: SitePlan
+) -> dict[str, np.ndarray]:
+    """What is stored of one call for one written token, by the derivative of its logit: (batch, ...) arrays by name."""
+    wanted = {ANSWERS[name]: name for name in plan.stored(spec) & ANSWERS.keys()}
+    found = _by_head_tiles(call, gradient, frozenset(wanted), spec.encoding, None)
+    return {wanted[name]: values for name, values in found.items()}
+
+
 def _by_head_tiles(
     call: AttentionCall,
     gradient: torch.Tensor | None,
-    spec: ExtractSpec,
     wanted: frozenset[str],
+    encoding: str,
     beside: Summaries | None,
 ) -> dict[str, np.ndarray]:
     full: dict[str, torch.Tensor] = {}
     sums: dict[str, torch.Tensor] = {}
-    if not wanted & (SUMMARIES | GRADIENT_QUANTITIES | {"attention", "attention_mean"}):
+    slopes = wanted & SCORE_GRADIENTS - RESIDUALS
+    if not slopes and not wanted & (SUMMARIES | {"attention", "attention_mean"}):
         return {}
     # With a gradient, attention, gradient, their product and its positive part are there at once.
-    for heads in head_tiles(call, 4 if spec.needs_gradient else 1):
+    for heads in head_tiles(call, 4 if slopes else 1):
         attention = call.attention(heads=heads)
         check_rows(attention, call)
         if "attention" in wanted:
-            stored = encoded(attention, spec.encoding)
+            stored = encoded(attention, encoding)
             full["attention"] = gathered(full.get("attention"), stored, heads, call.shape[1])
         if beside is not None:
             beside.add(attention)
         if "attention_mean" in wanted:
             _accumulate(sums, "attention_mean", attention.sum(dim=1))
-        if not spec.needs_gradient:
+        if not slopes:
             continue
         slope = torch.zeros_like(attention) if gradient is None else call.attention_gradient(gradient, heads=heads)
         if "attention_grad" in wanted:

@@ -18,7 +18,7 @@ from zarr.storage import LocalStore
 
 from attnscope.arrays import WHOLE_RUN, planned_arrays
 from attnscope.attention_array import ATTENTION_OF_CODE, to_float32
-from attnscope.quantities import RULES, SITE_QUANTITIES, ExtractSpec
+from attnscope.quantities import ANSWERS, RULES, SITE_QUANTITIES, ExtractSpec
 from attnscope.run import EXTRACTED, LEFT_OUT, MISSING, Run
 from attnscope.stores import StoreError, keys, open_group
 from attnscope.tokens import KIND_CODES
@@ -305,7 +305,7 @@ def _look(run: Run, arrays: dict[str, zarr.Array], path: str, status: np.ndarray
         look = _RaggedLook(run, arrays, group, status)
     elif name == "attention_offset" and group in run.sites:
         look = _RaggedLook(run, arrays, group, status).offsets
-    elif group in run.sites and (name == "query_valid" or name in SITE_QUANTITIES.keys() - RULES):
+    elif group in run.sites and (name == "query_valid" or name in SITE_QUANTITIES.keys() - RULES - ANSWERS.keys()):
         look = _SiteLook(run, arrays, group, name, status)
     elif group in run.streams and name == "kind":
         look = partial(_without_tokens, path, status)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from attnscope.samples import Region
 
 ImagePart = Literal["intact", "all", "object", "ranked"]
-TextPart = Literal["intact", "all", "phrase", "ranked", "negative"]
+TextPart = Literal["intact", "all", "phrase", "ranked", "negative", "given"]
 Operator = Literal["mean", "zero", "noise", "other", "drop"]
 TextOperator = Literal["mask", "drop"]
 Asked = Literal["target", "phrase", "object", "embedding"]
@@ -66,7 +66,8 @@ class Condition:
     ----------
     image, text
         What is taken away: nothing, 'all' content tokens, the image tokens of the 'object' that a phrase names, the
-        'phrase' itself, or the 'ranked' tokens; 'negative' puts the sample's `targets['negative']` in the text's place.
+        'phrase' itself, or the 'ranked' tokens; 'negative' puts the sample's `targets['negative']` in the text's place,
+        'given' the text `given`, the same for every sample.
     operator
         What stands in the place of image tokens: the data's 'mean', 'zero' (of the model's input), 'noise' of the
         data's mean and spread, the same place of an 'other' sample; 'drop' hides them from all attention.
@@ -96,6 +97,7 @@ class Condition:
     first: Literal["most", "least"] = "most"
     ask: Asked = "target"
     seed: int = 0
+    given: str = ""
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -109,6 +111,8 @@ class Condition:
             )
         if ("ranked" in (self.image, self.text)) != (self.ranking is not None):
             raise ValueError("a condition on 'ranked' tokens needs a ranking, and no other takes one")
+        if (self.text == "given") != bool(self.given):
+            raise ValueError("a condition with a 'given' text needs that text, and no other takes one")
         # What says nothing is set to its default, so that equal meanings are equal conditions.
         for name, default in self._silent():
             object.__setattr__(self, name, default)
@@ -118,7 +122,7 @@ class Condition:
         takes_image = self.image != "intact" or self.ask == "object"
         speaking = {
             "operator": takes_image,
-            "text_operator": self.text not in ("intact", "negative"),
+            "text_operator": self.text not in ("intact", "negative", "given"),
             "threshold": self.image == "object" or self.ask == "object",
             "fraction": self.ranking is not None,
             "first": self.ranking is not None,
@@ -144,8 +148,8 @@ class Condition:
             parts.append(f"image -{what} by {self.operator}{wide}")
         if self.text != "intact":
             what = self._removed() if self.text == "ranked" else self.text
-            how = "" if self.text == "negative" else f" by {self.text_operator}"
-            parts.append(f"text -{what}{how}")
+            how = "" if self.text in ("negative", "given") else f" by {self.text_operator}"
+            parts.append(f"text {self.given!r}" if self.given else f"text -{what}{how}")
         if self.seed:
             parts.append(f"seed {self.seed}")
         return ", ".join(parts) or "intact"
@@ -156,7 +160,9 @@ class Condition:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return json.loads(json.dumps(asdict(self)))
+        plain = json.loads(json.dumps(asdict(self)))
+        # Runs of before there were given texts go by digests of conditions without.
+        return plain if self.given else {name: value for name, value in plain.items() if name != "given"}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> "Condition":

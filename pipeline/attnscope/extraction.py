@@ -37,7 +37,7 @@ from attnscope.loading import LoadedModel, ModelError, load_model
 from attnscope.perturbing import Batches, extract_conditions
 from attnscope.planning import Prepared, RecordingError, prepare, run_model
 from attnscope.progress import DeadlineReached, Progress, Reporter
-from attnscope.quantities import ExtractSpec
+from attnscope.quantities import ANSWERS, ExtractSpec
 from attnscope.ready import collated, cut_batch
 from attnscope.recording import AttentionCall, recording
 from attnscope.regions import RegionReader
@@ -122,6 +122,8 @@ def extract(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    if wanted.quantities & ANSWERS.keys() and not wanted.generate:
+        raise ModelError("each written token as a target needs a model that writes: give generate=N (--generate N)")
     if wanted.generate:
         loaded = _writing(loaded, wanted.generate, ready)
     report = Reporter(progress, started, len(listed), deadline)

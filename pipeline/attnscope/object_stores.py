@@ -1,4 +1,4 @@
-"""Stores outside of folders: buckets (`s3://`, `gs://`, `az://`), web servers (for reading), and memory.
+"""Stores outside of folders: buckets (`s3://`, `gs://`, `az://`), memory, and for reading alone what else has a URL.
 
 Credentials and endpoints come from the environment, as obstore reads it: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
 AWS_ALLOW_HTTP, GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_NAME and others. Whatever fails is a StoreError.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.core.sync import sync
 from zarr.storage import FsspecStore, MemoryStore, ObjectStore
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ def object_store(url: str, read_only: bool) -> Store:
     scheme = url.partition("://")[0].lower()
     if scheme == "memory":
         return _memory(url.rstrip("/")).with_read_only(read_only)
+    if scheme not in BUCKETS and not read_only:
+        raise StoreError(f"{url!r} can only be read; a run is written to a folder or a bucket (s3, gs, az)")
     if scheme not in (*BUCKETS, "http", "https"):
-        raise StoreError(f"{url!r} has the scheme {scheme!r}; known are s3, gs, az, http, https and memory")
-    if scheme in ("http", "https") and not read_only:
-        raise StoreError(f"{url!r} can only be read; a run is written to a folder or a bucket")
+        return _elsewhere(url)
     try:
         import obstore.store
     except ModuleNotFoundError:
@@ -75,6 +76,25 @@ def object_store(url: str, read_only: bool) -> Store:
 def _memory(url: str) -> MemoryStore:
     # The same name is the same store for as long as the process lives.
     return MemoryStore()
+
+
+def _elsewhere(url: str) -> Store:
+    """The store at a URL of any other scheme that fsspec opens, for reading.
+
+    Runs are not written there: not all that fsspec reaches writes an object as a whole, or makes one once.
+    """
+    try:
+        store = FsspecStore.from_url(url, read_only=True)
+        sync(store.exists("zarr.json"))
+        return store
+    except ImportError as error:
+        raise StoreError(f"opening {url!r} needs another package ({_first_line(error)})") from None
+    except Exception as error:
+        scheme = url.partition("://")[0]
+        known = "s3, gs, az, http, https and memory, and for reading those of fsspec"
+        if "Protocol not known" in str(error):
+            raise StoreError(f"{url!r} has the scheme {scheme!r}; known are {known}") from None
+        raise StoreError(f"{url!r} can't be opened ({_first_line(error)})") from None
 
 
 def fsspec_store(url: str, read_only: bool) -> Store:

@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 import zarr
 
-from attnscope.ablation import Ablation, Applied, Case, ImageStatistics, ImageTokens, image_statistics, with_negative
+from attnscope.ablation import Ablation, Applied, Case, ImageStatistics, ImageTokens, image_statistics, with_text
 from attnscope.analysis import options_of, ranking_analyser
 from attnscope.capturing import Places
 from attnscope.claims import POLL, Claims
@@ -45,7 +45,7 @@ from attnscope.tokens import KIND_CODES, TokenLayout
 
 _STATISTICS_SAMPLES = 256
 _AS_IT_IS = ("target", "embedding")
-_WORDS = tuple(KIND_CODES[k] for k in ("text", "generated", "unknown"))
+_WORDS = tuple(KIND_CODES[k] for k in ("text", "unknown"))
 
 
 class Layouts(Protocol):
@@ -335,8 +335,8 @@ class _Batch:
         count = len(cases)
         applicable = np.array([c.phrase is not None or not condition.by_phrase for c in cases])
         inputs, replaced = self._inputs, np.ones(count, bool)
-        if condition.text == "negative":
-            inputs, replaced = self._negative(cases)
+        if condition.text in ("negative", "given"):
+            inputs, replaced = self._with_text(condition, cases)
         done = self._stage.ablation.apply(condition, inputs, cases)
         done.applies &= applicable & replaced
         changed = np.where(done.applies, done.changed, -1)
@@ -354,9 +354,9 @@ class _Batch:
                 found[name] = np.where(done.applies, numbers[name], fill)
         return found
 
-    def _negative(self, cases: Sequence[Case]) -> tuple[Inputs, np.ndarray]:
-        """The batch with negative texts, and which samples have one; the others keep theirs."""
-        swapped = [with_negative(c.sample) for c in cases]
+    def _with_text(self, condition: Condition, cases: Sequence[Case]) -> tuple[Inputs, np.ndarray]:
+        """The batch with the condition's texts, and which samples have one; the others keep theirs."""
+        swapped = [with_text(c.sample, condition) for c in cases]
         samples = [s or c.sample for s, c in zip(swapped, cases, strict=True)]
         try:
             inputs = self._stage.batches.encode(self._positions, samples)

@@ -86,7 +86,11 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The sizes of a run: tokens of each stream, the sites, how many samples make a block, and regions a sample."""
+    """The sizes of a run: tokens of each stream, the sites, how many samples make a block, and regions a sample.
+
+    `answers` is how many written tokens a sample may have, where something is recorded for each of them; `boxed` are
+    the streams whose tokens are a detector's regions, of which the boxes are known.
+    """
 
     streams: Mapping[str, int]
     sites: Mapping[str, SitePlan]
@@ -94,10 +98,12 @@ class RunPlan:
     conditions: tuple[str, ...] = ("intact",)
     thumbnails: bool = False
     regions: int = 0
+    answers: int = 0
+    boxed: tuple[str, ...] = ()
 
     def sizes(self, site: SitePlan | None = None) -> dict[str, int]:
         """The length of every dimension but `sample` and `token`."""
-        sizes = {"condition": len(self.conditions), "colour": 3}
+        sizes = {"condition": len(self.conditions), "colour": 3, "answer": self.answers}
         sizes |= {"image_row": THUMBNAIL_PIXELS, "image_column": THUMBNAIL_PIXELS}
         if site is not None:
             sizes |= {"layer": len(site.layers), "head": site.heads, "kv_head": site.kv_heads}
@@ -163,4 +169,6 @@ def plan_from_attrs(plain: Mapping[str, object]) -> RunPlan:
         conditions=tuple(plain["conditions"]),  # type: ignore[arg-type]
         thumbnails=bool(plain["thumbnails"]),
         regions=int(plain.get("regions", 0)),  # type: ignore[call-overload]
+        answers=int(plain.get("answers", 0)),  # type: ignore[call-overload]
+        boxed=tuple(plain.get("boxed", ())),  # type: ignore[arg-type]
     )

@@ -13,7 +13,7 @@ from numcodecs import Blosc, Zstd
 from attnscope.families import Fold, Inputs, Placement
 from attnscope.loading import LoadedModel, ModelError
 from attnscope.plan import Recipe, RunPlan, SitePlan, stored_dtype, unit_for
-from attnscope.quantities import SITE_QUANTITIES, ExtractSpec
+from attnscope.quantities import ANSWERS, SITE_QUANTITIES, ExtractSpec
 from attnscope.ragged import chunk_for, end_to_end_sizes
 from attnscope.recipes import DTYPES, proved_rows, recipe_of
 from attnscope.recording import AttentionCall, recording
@@ -322,7 +322,8 @@ def plan_run(
         )
         for name, site in sites.items()
     }
-    plan = RunPlan(streams=streams, sites=sites, unit=1, thumbnails=thumbnails)
+    answers = spec.generate if spec.quantities & ANSWERS.keys() else 0
+    plan = RunPlan(streams=streams, sites=sites, unit=1, thumbnails=thumbnails, answers=answers)
     unit = unit_for(plan.sample_bytes(spec), None if grows else len(prepared.samples), batch_size or 1)
     return replace(plan, unit=unit, sites={name: end_to_end_sizes(site, unit) for name, site in sites.items()})
 

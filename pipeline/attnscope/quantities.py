@@ -31,13 +31,14 @@ class Quantity:
 
 
 _SITE = ("sample", "layer", "head", "query_token", "key_token")
+_ANSWER = ("sample", "layer", "answer", "query_token", "key_token")
 _NAN = float("nan")
 
 QUANTITIES = (
     Quantity("id", "samples", ("sample",), "string", "", "name of the sample, unique in the run", ""),
     Quantity("text", "samples", ("sample",), "string", "", "text of the sample", ""),
     Quantity("regions", "samples", ("sample",), "string", "",
-             "JSON list of phrase, box (pixels), span (characters), mask (run lengths down the columns)", ""),
+             "JSON list of phrase, box (pixels), span (characters), mask (run lengths down the columns), label", ""),
     Quantity("image_digest", "samples", ("sample",), "string", "", "SHA-256 of the encoded image", ""),
     Quantity("thumbnail", "samples", ("sample", "image_row", "image_column", "colour"), "uint8", "",
              "the image as the model saw it, red green blue"),
@@ -49,6 +50,8 @@ QUANTITIES = (
     Quantity("column", "stream", ("sample", "token"), "int16", "", "column on the patch grid, -1 for none", -1),
     Quantity("region_share", "stream", ("sample", "region", "token"), "float32", "1",
              "the share of a token that lies in a region of its sample; NaN where that isn't known", _NAN),
+    Quantity("box", "stream", ("sample", "token", "side"), "float32", "pixel",
+             "left, top, right and bottom of a detector's region in the image; NaN where none is known", _NAN),
     Quantity("attention", "site", _SITE, "float16", "1", "attention weights after softmax", _NAN),
     Quantity("attention_values", "site", ("layer", "head", "element"), "float16", "1",
              "attention weights of ragged samples, without their padding, end to end", _NAN),
@@ -68,6 +71,14 @@ QUANTITIES = (
              "weight of the residual beside the attention's output, by their norms, from 0 to 2", _NAN),
     Quantity("residual_gradient", "site", ("sample", "layer", "query_token"), "float32", "1",
              "weight of the residual beside the attention's output, by gradient times value, from 0 to 2", _NAN),
+    Quantity("answer_relevance", "site", _ANSWER, "float32", "1",
+             "attention_relevance for the logit of each token that the model wrote", _NAN),
+    Quantity("answer_gradcam", "site", _ANSWER, "float32", "1",
+             "attention_gradcam for the logit of each token that the model wrote", _NAN),
+    Quantity("answer_gradient", "site", _ANSWER, "float32", "1",
+             "attention_gradient for the logit of each token that the model wrote", _NAN),
+    Quantity("answer_residual", "site", ("sample", "layer", "answer", "query_token"), "float32", "1",
+             "residual_gradient for the logit of each token that the model wrote", _NAN),
     Quantity("query", "site", ("sample", "layer", "head", "query_token", "channel"), "float32", "1",
              "query as the kernel received it: after rotary position and norm", _NAN),
     Quantity("key", "site", ("sample", "layer", "kv_head", "key_token", "channel"), "float32", "1",
@@ -112,9 +123,18 @@ QUANTITIES = (
 )  # fmt: skip
 
 SITE_QUANTITIES = {q.name: q for q in QUANTITIES if q.group == "site" and {"sample", "element"} & set(q.dims)}
-RESIDUALS = frozenset({"residual_norm", "residual_gradient"})
+ANSWERS = {
+    "answer_relevance": "attention_relevance",
+    "answer_gradcam": "attention_gradcam",
+    "answer_gradient": "attention_gradient",
+    "answer_residual": "residual_gradient",
+}
+"""What is recorded for the logit of each written token by itself, and the quantity that it is of a single score."""
+RESIDUALS = frozenset({"residual_norm", "residual_gradient", "answer_residual"})
 """How much of each query goes around the attention; found in the forward that gradients are taken of."""
-GRADIENT_QUANTITIES = RESIDUALS | {"attention_grad", "attention_relevance", "attention_gradcam", "attention_gradient"}
+SCORE_GRADIENTS = frozenset({"residual_norm", "residual_gradient", "attention_grad", *ANSWERS.values()})
+"""What is recorded by the derivative of the score itself."""
+GRADIENT_QUANTITIES = SCORE_GRADIENTS | set(ANSWERS)
 DERIVED_FROM = {"attention_mean": "attention", "attention_relevance": "attention_grad"}
 """Reductions, and the full array that makes each of them needless to store (with `attention` for the second)."""
 RULES = frozenset({"query_valid", "key_valid", "causal", "mask"})

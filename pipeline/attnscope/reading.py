@@ -15,13 +15,17 @@ MODALITIES = {"image": ("image",), "text": ("text", "generated")}
 
 @dataclass(frozen=True, eq=False)
 class TokenBlock:
-    """The tokens of one stream for some samples: (sample, token) arrays, and `region_share` (sample, region, token)."""
+    """The tokens of one stream for some samples: (sample, token) arrays, and `region_share` (sample, region, token).
+
+    `box` (sample, token, 4) is left, top, right and bottom in pixels of what a detector found; NaN for other tokens.
+    """
 
     kind: np.ndarray
     text: np.ndarray
     row: np.ndarray
     column: np.ndarray
     region_share: np.ndarray
+    box: np.ndarray
 
     def is_of(self, *kinds: str) -> np.ndarray:
         """Which tokens are of these kinds, (sample, token)."""
@@ -55,7 +59,9 @@ def read_tokens(run: Run, stream: str, positions: np.ndarray) -> TokenBlock:
     kind, text, row, column = (_rows(tokens[name], positions) for name in ("kind", "token_text", "row", "column"))
     empty = np.full((len(positions), 0, tokens.sizes["token"]), np.nan, np.float32)
     shares = _rows(tokens["region_share"], positions) if "region_share" in tokens else empty
-    return TokenBlock(kind, text, row, column, shares)
+    nowhere = np.full((*kind.shape, 4), np.nan, np.float32)
+    boxes = _rows(tokens["box"], positions) if "box" in tokens else nowhere
+    return TokenBlock(kind, text, row, column, shares, boxes)
 
 
 def read_pictures(run: Run, positions: Sequence[int] | np.ndarray) -> np.ndarray | None:

@@ -48,10 +48,13 @@ class RegionReader:
         self._loaded = loaded
         self._views: dict[tuple[int, int], View | None] = {}
 
-    def shares(self, sample: Sample, layout: TokenLayout, row: int, count: int) -> np.ndarray:
+    def shares(
+        self, sample: Sample, layout: TokenLayout, row: int, count: int, boxes: np.ndarray | None = None
+    ) -> np.ndarray:
         """The share of each token that lies in each region: (region, token) float32 in [0, 1].
 
-        For a patch the share of its area, for a text token that of its characters. NaN for padding, and where a
+        For a patch the share of its area, for a region of a detector, of which `boxes` (token, 4) are known in pixels,
+        that of its box, for a text token that of its characters. NaN for padding, and where a
         region says nothing of the token's kind (a phrase without a box, of patches) or nobody knows where the token
         lies; 0 for tokens that have no place, such as CLS.
         """
@@ -60,7 +63,8 @@ class RegionReader:
         found[: len(sample.regions), kind != KIND_CODES["padding"]] = 0
         is_image, is_text = kind == KIND_CODES["image"], np.isin(kind, _TEXT)
         if sample.regions:
-            found[: len(sample.regions), is_image] = self._patches(sample, layout, row, is_image)
+            patches = self._patches(sample, layout, row, is_image)
+            found[: len(sample.regions), is_image] = patches if boxes is None else _boxes(sample, boxes[is_image])
             found[: len(sample.regions), is_text] = self._words(sample, layout.text[row][is_text])
         return found
 
@@ -111,13 +115,14 @@ def find_view(loaded: LoadedModel, sample: Sample, size: tuple[int, int]) -> Vie
     ramp[..., 1] = np.round((np.arange(height) + 0.5) / height * 255)[:, None]
     shown = [Image.fromarray(np.full_like(ramp, level)) for level in (0, 255)]
     try:
-        inputs = loaded.family.encode([replace(sample, image=i) for i in (*shown, Image.fromarray(ramp))], loaded)
+        # One by one, as a model that writes takes its samples.
+        inputs = [loaded.family.encode([replace(sample, image=i)], loaded) for i in (*shown, Image.fromarray(ramp))]
     except SampleError:
         return None
-    pixels = inputs.get("pixel_values")
-    if pixels is None or pixels.ndim != 4 or pixels.shape[:2] != (3, 3):
+    pixels = [one.get("pixel_values") for one in inputs]
+    if any(one is None or one.ndim != 4 or one.shape[:2] != (1, 3) for one in pixels):
         return None
-    black, white, seen = pixels.double().cpu().numpy()
+    black, white, seen = (one[0].double().cpu().numpy() for one in pixels)  # type: ignore[index]
     inside = np.abs(white - black).min(0) > 1e-3
     if not inside.any():
         return None
@@ -130,7 +135,7 @@ def find_view(loaded: LoadedModel, sample: Sample, size: tuple[int, int]) -> Vie
     return View(
         (top * height, left * width),
         (step_down * height, step_across * width),
-        (pixels.shape[-2], pixels.shape[-1]),
+        seen.shape[1:],
         _patch_size(loaded),
     )
 
@@ -172,6 +177,16 @@ def _shares(region: Region, down: np.ndarray, across: np.ndarray) -> np.ndarray 
         return None
     left, top, right, bottom = region.box
     return np.outer(_overlap(down, top, bottom), _overlap(across, left, right)) / area
+
+
+def _boxes(sample: Sample, boxes: np.ndarray) -> np.ndarray:
+    """The share of each box (token, 4) that lies in each region: (region, token); NaN for regions without a place."""
+    found = np.full((len(sample.regions), len(boxes)), np.nan)
+    for number, region in enumerate(sample.regions):
+        shares = [_shares(region, box[[1, 3]], box[[0, 2]]) for box in boxes.astype(float)]
+        if shares and shares[0] is not None:
+            found[number] = [share[0, 0] for share in shares if share is not None]
+    return found
 
 
 def _overlap(edges: np.ndarray, low: float, high: float) -> np.ndarray:

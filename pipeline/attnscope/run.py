@@ -176,11 +176,15 @@ class Run:
         self._array("samples/status").resize((count,))
         return type(self)(self.store, self.location)
 
-    def write_layer(self, site: str, name: str, block: range, layer: int, values: np.ndarray) -> None:
-        """Write one quantity of one layer (a position, not a number) for a whole block; values are (sample, ...)."""
+    def write_layer(self, site: str, name: str, block: range, place: int | tuple[int, int], values: np.ndarray) -> None:
+        """Write one quantity of one layer (a position, not a number) for a whole block; values are (sample, ...).
+
+        Of what is recorded for each written token, the place is that of the layer and of the token.
+        """
         array = self._array(f"{site}/{name}")
-        if not write_shard(array, (block.start, layer, *(0 for _ in values.shape[1:])), values):
-            array[block.start : block.stop, layer] = values
+        at = place if isinstance(place, tuple) else (place,)
+        if not write_shard(array, (block.start, *at, *(0 for _ in values.shape[1:])), values):
+            array[(slice(block.start, block.stop), *at)] = values
 
     def write_ragged(self, site: str, block: range, layer: int, values: np.ndarray, begins: np.ndarray) -> None:
         """Write the attention of one layer of a whole block without padding: (head, element).

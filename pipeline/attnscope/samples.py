@@ -64,6 +64,7 @@ def encode_mask(pixels: np.ndarray) -> Mask:
 class Region:
     """A part of a sample: a box in image pixels, the phrase that names it, or both.
 
+    `label` says what it shows, whether a phrase does or not.
     `box` is (left, top, right, bottom) in pixels of the original image; `span` is (first, past-the-last) character of
     the phrase in the sample's text; `mask` says which pixels of the original image belong to it, where that is known.
     """
@@ -72,6 +73,7 @@ class Region:
     box: tuple[float, float, float, float] | None = None
     span: tuple[int, int] | None = None
     mask: Mask | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,12 @@ class Sample:
         else:
             content = self.image.tobytes()
         return hashlib.sha256(content).hexdigest()
+
+
+def image_size(sample: Sample) -> tuple[int, int] | None:
+    """Width and height of a sample's image in pixels; None where it has none."""
+    image = sample.load_image()
+    return None if image is None else image.size
 
 
 def read_samples(source: str | Path, limit: int | None = None) -> list[Sample]:
@@ -290,13 +298,14 @@ def _list_of(value: object) -> Sequence[object]:
 
 def _region_of(value: object) -> Region:
     if not isinstance(value, Mapping):
-        raise SampleError(f"region is a {type(value).__name__}, not a mapping of phrase, box, span, mask")
-    box, span, phrase, mask = (value.get(name) for name in ("box", "span", "phrase", "mask"))
+        raise SampleError(f"region is a {type(value).__name__}, not a mapping of phrase, box, span, mask, label")
+    box, span, phrase, mask, label = (value.get(name) for name in ("box", "span", "phrase", "mask", "label"))
     return Region(
         phrase=None if phrase is None else str(phrase),
         box=None if box is None else _box_of(box),
         span=None if span is None else _span_of(span),
         mask=None if mask is None else _mask_of(mask),
+        label=None if label is None else str(label),
     )
 
 

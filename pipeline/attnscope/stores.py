@@ -29,7 +29,9 @@ def is_url(location: str | Path) -> bool:
 
 
 def open_store(location: str | Path | Store | None, read_only: bool = True) -> Store:
-    """The zarr store at a folder, a URL (`s3://`, `gs://`, `az://`, `http(s)://`, `memory://`), or in memory (None).
+    """The zarr store at a folder, a URL (`s3://`, `gs://`, `az://`, `memory://`), or in memory (None).
+
+    For reading, a URL of any scheme that obstore or fsspec opens (`https://`, `hf://`, `sftp://`, `zip://`).
 
     Raises
     ------

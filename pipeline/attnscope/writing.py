@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from attnscope.tokens import TokenLayout
 # it is what the C library hands out again without having the system clear it (measured: four times as fast as 64 MiB).
 _TILE_BYTES = {"cpu": 2**24, "cuda": 2**29}
 _QUEUE_LENGTH = 4
+
+Place: TypeAlias = int | tuple[int, int]
+"""The position of a layer, or those of a layer and a written token."""
 
 
 def encoded_attention(call: AttentionCall, encoding: str) -> np.ndarray:
@@ -194,22 +197,28 @@ class BlockBuffer:
         self._block = block
         self._wanted = len(rows)
         self._writer = writer
-        self._open: dict[tuple[str, str, int], tuple[np.ndarray, int]] = {}
+        self._open: dict[tuple[str, str, Place], tuple[np.ndarray, int]] = {}
         self._pieces: dict[tuple[str, int], dict[int, np.ndarray]] = {}
         self.bytes = 0
 
-    def put(self, site: str, name: str, layer: int, rows: Sequence[int], values: np.ndarray) -> None:
-        """Add the values (batch, ...) of one batch at a layer position; shorter tokens leave the rest unfilled."""
+    def put(self, site: str, name: str, at: Place, rows: Sequence[int], values: np.ndarray | None) -> None:
+        """Add the values (batch, ...) of one batch at a layer position; shorter tokens leave the rest unfilled.
+
+        Of what is recorded for each written token, `at` are the positions of layer and token; samples that wrote fewer
+        have no values there (None).
+        """
         plan = self._run.plan.sites[site]
         together = name in SUMMARIES
-        place = (site, name, 0 if together else layer)
+        place = (site, name, 0 if together else at)
         array, filled = self._open.pop(place, (None, 0))
-        if array is None and not together and self._is_whole(plan, name, rows, values):
+        if array is None and not together and values is not None and self._is_whole(plan, name, rows, values):
             array = values
         else:
-            array = self._empty(plan, name, values.dtype) if array is None else array
-            places: tuple[Any, ...] = (list(rows), *(slice(0, n) for n in values.shape[1:]))
-            (array[:, layer] if together else array)[places] = values
+            dtype = np.dtype(SITE_QUANTITIES[name].dtype) if values is None else values.dtype
+            array = self._empty(plan, name, dtype) if array is None else array
+            if values is not None:
+                places: tuple[Any, ...] = (list(rows), *(slice(0, n) for n in values.shape[1:]))
+                (array[:, at] if together else array)[places] = values
         filled += len(rows)
         if filled < self._wanted * (len(plan.layers) if together else 1):
             self._open[place] = (array, filled)
@@ -218,7 +227,7 @@ class BlockBuffer:
         if together:
             self._writer.put(lambda: self._run.write_layers(site, name, self._block, array))
         else:
-            self._writer.put(lambda: self._run.write_layer(site, name, self._block, layer, array))
+            self._writer.put(lambda: self._run.write_layer(site, name, self._block, at, array))
 
     def put_ragged(self, site: str, layer: int, pieces: Mapping[int, np.ndarray]) -> None:
         """Add attention weights without padding at a layer position: (head, element) by row of the block."""
@@ -233,7 +242,7 @@ class BlockBuffer:
 
     def unfinished(self) -> list[str]:
         """What did not come for every row: names of quantity and layer."""
-        open_ = [*self._open, *((site, "attention", layer) for site, layer in self._pieces)]
+        open_: list[tuple[str, str, Place]] = [*self._open, *((site, "attention", at) for site, at in self._pieces)]
         return [f"{site}/{name} at layer position {layer}" for site, name, layer in open_]
 
     def _is_whole(self, site: SitePlan, name: str, rows: Sequence[int], values: np.ndarray) -> bool:
@@ -242,7 +251,7 @@ class BlockBuffer:
 
     def _shape(self, site: SitePlan, name: str) -> tuple[int, ...]:
         sizes = self._run.plan.sizes(site)
-        alone = {"sample"} if name in SUMMARIES else {"sample", "layer"}
+        alone = {"sample"} if name in SUMMARIES else {"sample", "layer", "answer"}
         return len(self._block), *(sizes[d] for d in SITE_QUANTITIES[name].dims if d not in alone)
 
     def _empty(self, site: SitePlan, name: str, dtype: np.dtype) -> np.ndarray:

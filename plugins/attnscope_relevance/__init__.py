@@ -26,12 +26,14 @@ from attnscope import ExtractSpec, Run, bootstrap_interval, hookimpl
 from attnscope.reading import is_of_kind
 from attnscope.report import Citation, Element, Heading, Note, Paragraph, Table
 from attnscope_relevance.grounding import point
-from attnscope_relevance.reading import METHODS, Reader, reach
-from attnscope_relevance.showing import BESIDE_CONTENT, sample_elements, summary
+from attnscope_relevance.reading import METHODS, OF_ANSWER, Reader, reach
+from attnscope_relevance.showing import BESIDE_CONTENT, answer_elements, sample_elements, summary
 from attnscope_relevance.walking import Event
 
 MethodName: TypeAlias = Literal["relevance", "rollout", "attention", "gradcam", "gradient"]
 
+EACH_WRITTEN = "generated"
+"""The target that stands for each token that the model wrote."""
 _EXTRACTED = 1
 _TOP_SHARE = 0.1
 
@@ -59,7 +61,8 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 class Relevance:
     """Relevance of the tokens of every stream for the target, and the same by plainer methods.
 
-    `target` is the scalar that the gradient is taken of (a class number, or a name that the model's family knows);
+    `target` is the scalar that the gradient is taken of (a class number, or a name that the model's family knows), or
+    'generated' for the logit of each token that the model wrote behind its prompt: one map for each, and their mean;
     `row` the token that the answer is read from: 'auto' takes the tokens whose last layer the target depends on where
     that is known, else the CLS token, else the mean (see `readout_rows`); `start_layer` the first layer that takes
     part, counted from the end when negative; `streams` those that answers are read from, by default every one that no
@@ -88,15 +91,19 @@ class Relevance:
             raise ValueError(f"relevance has no method {got}; its methods are {', '.join(METHODS)}")
 
     def requires(self) -> ExtractSpec:
-        wanted = {METHODS[m].quantity for m in self.methods} | {"score"}
+        wanted = {METHODS[m].quantity for m in self.methods}
         if self.weighting != "none":
             wanted.add(f"residual_{self.weighting}")
-        return ExtractSpec(quantities=frozenset(wanted), target=self.target)
+        if self.target == EACH_WRITTEN:
+            wanted = {OF_ANSWER.get(name, name) for name in wanted}
+        return ExtractSpec(quantities=frozenset({*wanted, "score"}), target=self.target)
 
     def analyse(self, run: Run) -> xr.Dataset:
         """One variable (stream, sample, token) per method, how concentrated its maps are and how far methods agree.
 
-        The dimension of methods is `ranking`, since `method` means something else to `Dataset.sel`.
+        The dimension of methods is `ranking`, since `method` means something else to `Dataset.sel`. Where each written
+        token is a target, these are means over them, and `each_<method>` has one for each: (stream, sample, answer,
+        token).
         """
         events = self._events(run)
         roots = self._roots(run, events)
@@ -104,16 +111,22 @@ class Relevance:
         reader = Reader(
             run, events, self.row, self.methods, None if self.weighting == "none" else f"residual_{self.weighting}"
         )
-        found = {s: np.full((len(self.methods), len(run.status), n), np.nan, np.float32)
-                 for s, n in run.plan.streams.items() if s in reached}  # fmt: skip
+        answers = run.spec.generate if self.target == EACH_WRITTEN else 1
+        if not answers:
+            raise ValueError(
+                f"{run.location} holds nothing that the model wrote; extract with generate=N (--generate N)"
+            )
+        each = {s: np.full((len(self.methods), len(run.status), answers, n), np.nan, np.float32)
+                for s, n in run.plan.streams.items() if s in reached}  # fmt: skip
         dead = {s: np.zeros((2, len(run.status)), np.int64) for s in reached}
-        for sample in np.flatnonzero(run.status == _EXTRACTED):
-            for number, method in enumerate(self.methods):
-                for root in roots:
-                    for stream, row in reader.explain(int(sample), root, METHODS[method]).items():
-                        found[stream][number, sample, : len(row)] = row
-            for stream in reached:
-                dead[stream][:, sample] = reader.dead_rows(int(sample), stream)
+        for sample in map(int, np.flatnonzero(run.status == _EXTRACTED)):
+            for answer in self._answers(reader, sample):
+                for (number, method), root in itertools.product(enumerate(self.methods), roots):
+                    for stream, row in reader.explain(sample, root, METHODS[method], answer).items():
+                        each[stream][number, sample, answer or 0, : len(row)] = row
+                for stream in reached:
+                    dead[stream][:, sample] = reader.dead_rows(sample, stream)
+        found = {stream: _mean_of_answers(values) for stream, values in each.items()}
         parts = [self._describe(run, s, found[s], dead[s]) for s in reached]
         parts = [part.assign(self._pointing(run, s, found[s])) for s, part in zip(reached, parts, strict=True)]
         along = xr.Variable("stream", np.array(reached, object))
@@ -123,7 +136,13 @@ class Relevance:
             readout="; ".join(f"{root}: {reader.readouts.get(root, 'nothing')}" for root in roots),
             interval="95 % bootstrap over samples",
         )
+        if self.target == EACH_WRITTEN:
+            result = _with_answers(run, result, self.methods, [each[s] for s in reached])
         return result.assign(_thumbnails(run, self.pictures))
+
+    def _answers(self, reader: Reader, sample: int) -> Sequence[int | None]:
+        """The numbers of the written tokens that are asked for; None where the target is one score."""
+        return range(reader.written(sample)) if self.target == EACH_WRITTEN else [None]
 
     def _events(self, run: Run) -> list[Event]:
         """The layers that take part, in the order in which the model ran them."""
@@ -221,6 +240,7 @@ class Relevance:
             "https://arxiv.org/abs/2103.15679",
         )
         yield from sample_elements(result)
+        yield from answer_elements(result)
         for stream in result["stream"].values:
             yield Heading(str(stream))
             yield Table(*summary(result.sel(stream=stream)))
@@ -264,6 +284,36 @@ def _mean(values: np.ndarray) -> np.ndarray:
     present = np.isfinite(values)
     count = present.sum(-1)
     return np.divide(np.where(present, values, 0).sum(-1), count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def _mean_of_answers(each: np.ndarray) -> np.ndarray:
+    """Mean over the written tokens that a sample has, of (method, sample, answer, token); NaN for none and padding."""
+    if each.shape[2] == 1:
+        return each[:, :, 0]
+    there = np.isfinite(each).sum(2)
+    total = np.nansum(each, axis=2, dtype=np.float64)
+    return np.divide(total, there, out=np.full(total.shape, np.nan), where=there > 0).astype(np.float32)
+
+
+def _with_answers(run: Run, result: xr.Dataset, methods: Sequence[str], each: Sequence[np.ndarray]) -> xr.Dataset:
+    """The result with the maps of each written token, (stream, sample, answer, token), and what these tokens say."""
+    tokens = result.sizes["token"]
+    wide = [np.pad(e, [(0, 0)] * 3 + [(0, tokens - e.shape[3])], constant_values=np.nan) for e in each]
+    dims = ("stream", "sample", "answer", "token")
+    found = {
+        f"each_{method}": xr.Variable(dims, np.stack([w[number] for w in wide]),
+                                      {"long_name": f"{METHODS[method].meaning}, for each written token", "units": "1"})
+        for number, method in enumerate(methods)
+    }  # fmt: skip
+    words = np.full((result.sizes["sample"], run.spec.generate), "", object)
+    for stream in run.streams:
+        tokens_of = run.tokens(stream)
+        is_written = is_of_kind(tokens_of["kind"].values, "generated")
+        for sample in np.flatnonzero(is_written.any(-1)):
+            said = tokens_of["token_text"].isel(sample=int(sample)).values[is_written[sample]]
+            words[sample, : len(said)] = said
+    attrs = {"long_name": "the token that was written", "units": ""}
+    return result.assign(found).assign_coords(answer_text=xr.Variable(("sample", "answer"), words, attrs))
 
 
 def _thumbnails(run: Run, count: int) -> dict[str, xr.Variable]:

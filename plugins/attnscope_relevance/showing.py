@@ -1,6 +1,6 @@
 """The report of relevance: maps over images and shaded words side by side, and a table for each stream."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import xarray as xr
@@ -12,18 +12,43 @@ from attnscope.report import Element, Heading, ImageGrid, ImageRow, ShadedText, 
 BESIDE_CONTENT = ("padding", "cls", "register", "special")
 
 
+_ANSWERS_SHOWN, _TEXTS_SHOWN = 8, 2
+
+
 def sample_elements(result: xr.Dataset) -> Iterator[Element]:
     """The shown samples: for each method its map over the image, and the words shaded below it."""
+    shown = [
+        (str(result["sample"].values[p]), result.isel(sample=p), at) for at, p in enumerate(result["shown"].values)
+    ]
+    yield from _rows_of(result, shown)
+
+
+def answer_elements(result: xr.Dataset) -> Iterator[Element]:
+    """The first shown samples' written tokens, where each is a target: a row of maps and shaded words for each."""
+    if "answer_text" not in result:
+        return
+    for at, position in enumerate(result["shown"].values[:_TEXTS_SHOWN]):
+        sample = result.isel(sample=position)
+        words = [str(w) for w in sample["answer_text"].values if w][:_ANSWERS_SHOWN]
+        methods = [str(m) for m in result["ranking"].values]
+        shown = [
+            (word, sample.assign({m: sample[f"each_{m}"].isel(answer=number) for m in methods}), at)
+            for number, word in enumerate(words)
+        ]
+        yield Heading(f"{sample['sample'].item()}: each written token")
+        yield from _rows_of(result, shown)
+
+
+def _rows_of(result: xr.Dataset, shown: Sequence[tuple[str, xr.Dataset, int]]) -> Iterator[Element]:
+    """A row for each name and sample, which is the n-th shown: the picture and a map and shaded words a method."""
     methods = [str(m) for m in result["ranking"].values]
     rows = []
-    for shown, position in enumerate(result["shown"].values):
-        sample = result.isel(sample=position)
-        name = str(sample["sample"].item())
+    for name, sample, at in shown:
         on_grid = [s for s in sample["stream"].values if _on_grid(sample.sel(stream=s)).any()]
         worded = [s for s in sample["stream"].values if _worded(sample.sel(stream=s)).any()]
         words = [_words(sample.sel(stream=worded[0]), m) for m in methods] if worded else []
         if on_grid and "thumbnail" in result:
-            picture = sample["thumbnail"].values[shown]
+            picture = sample["thumbnail"].values[at]
             part = sample.sel(stream=on_grid[0])
             maps = [overlay(picture, _grid(part, part[m].values)) for m in methods]
             blank = [ShadedText([], [])] if words else []

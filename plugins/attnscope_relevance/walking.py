@@ -160,10 +160,12 @@ class Walk:
             kept, gained = (weight[:, None] for weight in self._weights(event))
             if event.is_self:
                 added += [((s, n), (kept - 1) * state[s, n] + gained * (one @ state[s, n])) for n in self.sizes]
-            else:
-                mine, theirs = self._normalised(state[s, s]), self._normalised(state[q, q])
-                added.append(((s, q), gained * (mine.T @ one @ theirs)))
-                added.append(((s, s), gained * (one @ state[q, s])))
+                continue
+            looked = self._normalised(state[s, s]).T @ one
+            added.append(((s, q), gained * (looked @ self._normalised(state[q, q]))))
+            added.append(((s, s), gained * (one @ state[q, s])))
+            # What the stream that is looked at has of others passes on with its own, in the same proportion.
+            added += [((s, n), gained * (looked @ self._per_gain(state, q, n))) for n in self.sizes if n not in (s, q)]
         for place, addition in added:
             state[place] = state[place] + addition
 
@@ -172,6 +174,11 @@ class Walk:
         totals = gained.sum(-1, keepdims=True)
         self.dead += int((totals <= 0).sum())
         return np.divide(gained, totals, out=np.zeros_like(gained), where=totals > 0) + np.eye(len(relevance))
+
+    def _per_gain(self, state: Mapping[tuple[str, str], np.ndarray], stream: str, other: str) -> np.ndarray:
+        """A stream's relevance for another per what it gained of itself, (token, other token)."""
+        totals = state[stream, stream].sum(-1, keepdims=True) - 1
+        return np.divide(state[stream, other], totals, out=np.zeros_like(state[stream, other]), where=totals > 0)
 
 
 def _together(events: Sequence[Event]) -> Iterator[list[Event]]:

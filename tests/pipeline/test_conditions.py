@@ -64,6 +64,7 @@ def test_equal_meanings_are_equal_conditions_with_names_of_their_own() -> None:
         *(Condition(text="ranked", ranking=ranking, fraction=0.5, first=f) for f in ("least",)),  # type: ignore[arg-type]
         *(Condition(ask=a) for a in ("phrase", "object")),  # type: ignore[arg-type]
         Condition(text="negative"),
+        *(Condition(text="given", given=t) for t in ("a cat", "a dog")),
     ]
     assert len({c.name for c in listed}) == len(listed)
     assert [Condition.from_json(c.to_json()) for c in listed] == listed
@@ -77,6 +78,8 @@ def test_equal_meanings_are_equal_conditions_with_names_of_their_own() -> None:
     [
         ({"image": "some"}, "image is one of intact, all, object, ranked, got 'some'"),
         ({"image": "ranked"}, "needs a ranking"),
+        ({"text": "given"}, "'given' text needs that text"),
+        ({"text": "all", "given": "a cat"}, "no other takes one"),
         ({"image": "all", "ranking": Ranking.random()}, "no other takes one"),
         ({"image": "ranked", "ranking": Ranking.random(), "fraction": 1.5}, r"fraction lies in \[0, 1\]"),
         ({"image": "object", "threshold": 1.0}, r"threshold in \[0, 1\)"),
@@ -264,6 +267,19 @@ def test_a_negative_text_stands_in_the_place_of_the_text(tiny_clip: Path, sample
         expected = CLIPModel.from_pretrained(tiny_clip).eval()(**inputs).logits_per_image.diagonal()
     np.testing.assert_allclose(found["score"][1, :3], expected.numpy(), atol=1e-5)
     assert np.isnan(found["score"][1, 3:]).all()
+
+
+def test_a_given_text_stands_in_the_place_of_every_text(tiny_clip: Path, samples: list[Sample]) -> None:
+    given = Condition(text="given", given="a red cat")
+    run = attnscope.extract(tiny_clip, samples, spec=ExtractSpec(conditions=(INTACT, given)))
+    other = attnscope.extract(
+        tiny_clip, [dataclasses.replace(s, text="a red cat") for s in samples], spec=ExtractSpec(frozenset({"score"}))
+    )
+    found = run.outputs_under([given])["score"].values[0]
+    np.testing.assert_allclose(found, other.outputs["score"].values[0], rtol=1e-5)
+    assert Condition.from_json(given.to_json()) == given
+    # Digests of conditions without a given text are as they were before there were such.
+    assert "given" not in INTACT.to_json()
 
 
 def test_ranked_tokens_go_in_the_order_of_the_ranking(tiny_vit: Path, samples: list[Sample]) -> None:

@@ -202,7 +202,7 @@ def test_tiles_of_heads_give_what_all_heads_at_once_give(
     tiny_vit: Path, captioned_images: Path, heads_a_tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 4 heads, so that the last tile may be a smaller one."""
-    names = {"attention", "attention_mean", *quantities.GRADIENT_QUANTITIES - quantities.RESIDUALS}
+    names = {"attention", "attention_mean", *quantities.SCORE_GRADIENTS - quantities.RESIDUALS}
     spec = quantities.ExtractSpec(frozenset(names), target=3, encoding="exact")
     whole = extract(tiny_vit, captioned_images, spec=spec, batch_size=4)
     arrays = 4

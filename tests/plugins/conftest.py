@@ -2,13 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import transformers as hf
 import xarray as xr
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from attnscope import ExtractSpec, Region, Run, Sample
+from attnscope.compatibility.examples import VISION, widened
 from attnscope.conditions import Condition
 from attnscope.plan import Recipe, RunPlan, SitePlan
 from attnscope.run import EXTRACTED, LEFT_OUT
@@ -220,3 +225,74 @@ def run_with_outputs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
         return run
 
     return make
+
+
+# -- tiny models that write --------------------------------------------------------------------------------------------
+
+SPOKEN = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "a", "cat", "and", "the", "dog", "on", "box", "two", "red", "big"]
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+LLAMA = {
+    "vocab_size": len(SPOKEN), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64, **SPECIAL,
+}  # fmt: skip
+
+
+def _speech() -> hf.PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPOKEN)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    roles = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return hf.PreTrainedTokenizerFast(tokenizer_object=inner, extra_special_tokens=["<image>"], **roles)
+
+
+def _llama(folder: Path) -> None:
+    widened(hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)), 0.3).save_pretrained(folder)
+    _speech().save_pretrained(folder)
+
+
+def _bart(folder: Path) -> None:
+    config = hf.BartConfig(
+        vocab_size=len(SPOKEN), d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, **SPECIAL,
+        decoder_start_token_id=2, forced_eos_token_id=None,
+    )  # fmt: skip
+    widened(hf.BartForConditionalGeneration(config), 0.3).save_pretrained(folder)
+    _speech().save_pretrained(folder)
+
+
+def _llava(folder: Path) -> None:
+    tower = {**VISION, "image_size": 32, "patch_size": 8, "model_type": "clip_vision_model"}
+    config = hf.LlavaConfig(text_config={**LLAMA, "model_type": "llama"}, vision_config=tower, image_token_index=4)
+    model = widened(hf.LlavaForConditionalGeneration(config), 0.3)
+    model.generation_config.suppress_tokens = [4]
+    model.save_pretrained(folder)
+    pixels = hf.CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
+    hf.LlavaProcessor(
+        pixels, _speech(), patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    ).save_pretrained(folder)
+
+
+_WRITERS = {"llama": _llama, "bart": _bart, "llava": _llava}
+
+
+@pytest.fixture(scope="session")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that gives the folder of a tiny model that writes: 'llama', 'bart' or 'llava', with wide weights."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            _WRITERS[name](made[name])
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture
+def asked() -> list[Sample]:
+    """Two samples of noise, with a short and a longer text of the words that writers know."""
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8)
+    texts = ("a cat", "the big dog and a red cat")
+    return [
+        Sample(f"s{i}", image=Image.fromarray(p), text=t) for i, (p, t) in enumerate(zip(pixels, texts, strict=True))
+    ]

@@ -1,5 +1,6 @@
 """Ablation of a modality: known losses, models with a modality cut off, and a model ablated by hand."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,6 @@ def test_two_streams_cut_from_each_other_have_no_influence_in_either_direction(t
         words = loaded.tokenizer([s.text for s in given], padding=True, return_tensors="pt")
         return {**words, **{name: tensor[rows] for name, tensor in inputs.items()}}
 
-    import dataclasses
-
     from attnscope import loading
     from attnscope.families import find_family
 
@@ -179,6 +178,64 @@ def test_dual_encoders_are_asked_for_their_similarity() -> None:
         intact = model(**inputs).logits_per_image.diagonal()
         blank = model(**{**inputs, "pixel_values": 0 * inputs["pixel_values"]}).logits_per_image.diagonal()
     np.testing.assert_allclose(found, np.stack([intact, blank]), atol=1e-4)
+
+
+def test_a_model_that_writes_is_asked_for_its_answer(writer: Callable[[str], Path], asked: list[Sample]) -> None:
+    """Cross entropy of the words that it wrote, by runs of the whole text with blank pixels, and without its prompt."""
+    folder = writer("llava")
+    analyser = ModalityAblation(language="answer", vision="answer", operators=("zero",), text_operator="drop")
+    spec = ExtractSpec(frozenset({"score"}), generate=4)
+    run = attnscope.extract(folder, asked, [analyser], spec=spec)
+    result = analyse(run, analyser, save=False).squeeze()
+    loaded = attnscope.loading.load_model(folder)  # type: ignore[attr-defined]
+    losses = []
+    for sample in asked:
+        inputs = loaded.family.encode([sample], loaded)
+        ids = loaded.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        start, is_image = inputs["input_ids"].shape[1], ids[0] == 4
+        alone = torch.cat([ids[:, :start][:, is_image[:start]], ids[:, start:]], dim=1)
+        row = []
+        for text_of, pixels in ((ids, 1), (ids, 0), (alone, 1)):
+            written = text_of.shape[1] - ids.shape[1] + start
+            given = {"input_ids": text_of, "pixel_values": pixels * inputs["pixel_values"]}
+            with torch.no_grad():
+                told = torch.log_softmax(loaded.model(**given).logits[0].double(), -1)
+            chosen = [told[at - 1, text_of[0, at]] for at in range(written, text_of.shape[1])]
+            row.append(float(-torch.stack(chosen).mean()) / np.log(2))
+        losses.append(row)
+    intact, blank, mute = np.mean(losses, axis=0)
+    np.testing.assert_allclose(result["loss"].sel(direction="vision_for_language", level="none"), intact, rtol=1e-4)
+    np.testing.assert_allclose(result["loss"].sel(direction="vision_for_language", level="all"), blank, rtol=1e-4)
+    np.testing.assert_allclose(result["loss"].sel(direction="language_for_vision", level="all"), mute, rtol=1e-4)
+    assert result["loss"].attrs["units"] == "bit"
+    # Without phrases there is no part of either to take away, and both samples count all the same.
+    assert np.isnan(result["loss"].sel(level="part")).all()
+    assert (result["examples"] == 2).all()
+    assert (result["skipped"] == 0).all()
+    each = np.array([(row[1] - row[0]) - (row[2] - row[0]) for row in losses])
+    np.testing.assert_allclose(result["asymmetry"], each.mean(), rtol=1e-4)
+    np.testing.assert_allclose(result["asymmetry_effect_size"], each.mean() / each.std(ddof=1), rtol=1e-3)
+    placed = attnscope.extract(folder, asked, [analyser], spec=ExtractSpec(frozenset({"score"}), target="token:0"))
+    with pytest.raises(ValueError, match="holds no answers"):
+        analyse(placed, analyser, save=False)
+
+
+def test_the_answer_of_a_text_with_masks_is_what_they_stand_for(tmp_path: Path, scenes: list[Sample]) -> None:
+    model = vilt(tmp_path)
+    samples = [
+        dataclasses.replace(s, text="a [MASK] cat on the box", regions=(), targets={"masked": "red"}) for s in scenes
+    ]
+    analyser = ModalityAblation(language="answer", operators=("zero",), target="masked")
+    run = attnscope.extract(tmp_path, samples, [analyser], spec=ExtractSpec(frozenset({"score"})), target="masked")
+    result = analyse(run, analyser, save=False).squeeze()
+    loaded = attnscope.loading.load_model(tmp_path)  # type: ignore[attr-defined]
+    inputs = {k: v for k, v in loaded.family.encode(samples, loaded).items() if not k.startswith("_")}
+    place, word = 2, loaded.tokenizer.convert_tokens_to_ids("red")
+    for level, scale in (("none", 1), ("all", 0)):
+        with torch.no_grad():
+            logits = model(**{**inputs, "pixel_values": scale * inputs["pixel_values"]}).logits[:, place].double()
+        told = float(-torch.log_softmax(logits, -1)[:, word].mean()) / np.log(2)
+        np.testing.assert_allclose(result["loss"].sel(level=level), told, rtol=1e-5)
 
 
 def test_options_are_checked() -> None:

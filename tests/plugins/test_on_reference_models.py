@@ -10,6 +10,7 @@ import attnscope
 from attnscope.quantities import ExtractSpec
 from attnscope_faithfulness import Faithfulness
 from attnscope_modality_ablation import ModalityAblation
+from attnscope_multilevel_alignment import MultilevelAlignment
 from attnscope_qk_svd import QKSVD
 from attnscope_relevance import Relevance
 
@@ -40,6 +41,16 @@ def test_vision_has_influence_on_the_words_of_lxmert() -> None:
     assert float(result["influence_low"].sel(level="part")) > 1
     assert float(result["influence_low"].sel(level="all")) > 1
     assert int(result["examples"]) > 20
+
+
+@pytest.mark.slow
+def test_words_of_lxmert_look_at_the_regions_that_they_name() -> None:
+    analyser = MultilevelAlignment(maps="attention", negatives=False)
+    run = attnscope.extract("reference:lxmert", "reference:test:16", [analyser])
+    result = attnscope.analyse(run, analyser, save=False)
+    for name in ("pointing", "mass", "box", "region"):
+        assert (result[f"{name}_low"] > 1.5 * result[f"{name}_chance"]).all(), name
+    assert (result["region_low"] > 5 * result["region_chance"]).all()
 
 
 @pytest.mark.slow

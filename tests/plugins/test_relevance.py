@@ -159,6 +159,53 @@ def test_rows_of_a_stream_that_looks_at_another_equal_the_whole_matrices() -> No
             np.testing.assert_allclose(found[name], row @ whole[name], rtol=1e-12)
 
 
+def walked_by_loops(
+    events: list[walking.Event], maps: dict[walking.Event, np.ndarray], sizes: dict[str, int]
+) -> dict[tuple[str, str], np.ndarray]:
+    """Equations 6, 7, 10 and 11 entry by entry, for events none of which steps together with another."""
+    state = {(s, q): np.eye(sizes[s], sizes[q]) * (s == q) for s in sizes for q in sizes}
+
+    def gain(stream: str, token: int) -> float:
+        return sum(state[stream, stream][token]) - 1
+
+    def normal(stream: str, of: str, i: int, j: int) -> float:
+        own = float(stream == of and i == j)
+        total = gain(stream, i)
+        return own + ((state[stream, of][i, j] - own) / total if total > 0 else 0)
+
+    for event in events:
+        s, q, one = event.queries, event.keys, maps[event]
+        new = {key: values.copy() for key, values in state.items()}
+        for n, i in ((n, i) for n in sizes for i in range(sizes[s])):
+            for j in range(sizes[n]):
+                for k, m in ((k, m) for k in range(one.shape[0]) for m in range(one.shape[1])):
+                    if s in (q, n):
+                        new[s, n][i, j] += one[i, m] * state[q, n][m, j] * (k == i)
+                    else:
+                        new[s, n][i, j] += normal(s, s, k, i) * one[k, m] * normal(q, n, m, j)
+        state = new
+    return state
+
+
+@pytest.mark.parametrize(
+    "pattern", ["nn ii qq qi ii in qi", "nn ii in qq qi qq qi", "ii nn in qq ii ni nn qi qq qi", "ii nn in ii ni qi"]
+)
+def test_a_stream_that_is_seen_through_another_has_its_share(pattern: str) -> None:
+    # q looks at i, which looks at n, or both at each other: what q has of n is what i has of it, per what i gained.
+    sizes = {"q": 3, "i": 4, "n": 2}
+    events, maps = two_streams(pattern, sizes)
+    expected = walked_by_loops(events, maps, sizes)
+    walk = walking.Walk(events, maps.__getitem__, sizes)
+    for row in np.eye(3):
+        found = walk.rows("q", row)
+        for name in sizes:
+            np.testing.assert_allclose(found[name], row @ expected["q", name], rtol=1e-12)
+    assert expected["q", "n"].any()
+    whole = walking.Walk(events, maps.__getitem__, sizes)._matrices()
+    for place, values in expected.items():
+        np.testing.assert_allclose(whole[place], values, rtol=1e-12)
+
+
 @pytest.mark.parametrize("pattern", ["ii ii qq qi qq qi", "ii qq qi iq qq ii"])
 def test_weighted_walks_have_the_plain_one_and_the_identity_as_limits(pattern: str) -> None:
     sizes = {"q": 3, "i": 5}

@@ -1,6 +1,8 @@
 """Relevance of tiny models of every wiring against equations 5 to 11 written out with loops over an eager backward."""
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,19 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 import attnscope
+from attnscope.checking import check_run
 from attnscope.compatibility import joint_models
 from attnscope.compatibility.examples import TEXT, VISION, image, numbers, text, widened
+from attnscope.families.scores import written_logits
+from attnscope.loading import ModelError, load_model
 from attnscope.quantities import ExtractSpec
-from attnscope_relevance import Relevance
+from attnscope.reference.learners import mapper_config
+from attnscope.reference.mapper import MapperForConditionalGeneration, MapperForQuestionAnswering
+from attnscope.run import Run, open_run
+from attnscope.samples import Sample
+from attnscope_relevance import Relevance, reading, walking
 
+Writer = Callable[[str], Path]
 Maps = list[tuple[str, np.ndarray, np.ndarray]]
 ALL = ("relevance", "rollout", "attention", "gradcam", "gradient")
 
@@ -392,3 +402,285 @@ def test_residual_sums_are_found_in_every_layer(name: str) -> None:
         assert np.nanstd(shares) > 1e-3
     result = attnscope.analyse(run, analyser, save=False)
     assert np.isfinite(result["relevance"]).any()
+
+
+# -- each written token as a target ------------------------------------------------------------------------------------
+
+MOST = 4
+EACH = Relevance(target="generated", methods=ALL)
+
+
+def each_written(folder: Path, samples: list[Sample], out: str | None = None, **options: Any) -> Run:
+    spec = ExtractSpec(frozenset({"score"}))
+    return attnscope.extract(folder, samples, [EACH], out, spec=spec, generate=MOST, **options)
+
+
+def prefixes(folder: Path, sample: Sample) -> list[tuple[int, Maps]]:
+    """For each token that an eager model writes, its place, and the maps of a run over what is before it."""
+    loaded = load_model(folder, attn_implementation="eager")
+    name = "decoder_input_ids" if loaded.config.is_encoder_decoder else "input_ids"
+    inputs = loaded.family.encode([sample], loaded)
+    given = {k: v for k, v in inputs.items() if not k.startswith("decoder_")}
+    ids = loaded.model.generate(**given, max_new_tokens=MOST, do_sample=False)
+    start = 1 if loaded.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    found = []
+    for place in range(start, ids.shape[1]):
+        one = {**inputs, name: ids[:, :place]}
+        if "decoder_attention_mask" in one or name == "input_ids":
+            one[name.replace("input_ids", "attention_mask")] = torch.ones_like(one[name])
+        maps = spied(loaded.model, one, lambda outputs, place=place: outputs.logits[:, -1, ids[0, place]])
+        found.append((place, maps))
+    return found
+
+
+def assert_each_close(found: Any, stream: str, at: tuple[int, int], expected: dict[str, np.ndarray]) -> None:
+    for name, row in expected.items():
+        mine = found[f"each_{name}"].sel(stream=stream).isel(sample=at[0], answer=at[1]).values
+        limits = {"rtol": 1e-5, "atol": 1e-5 * np.abs(row).max()}
+        np.testing.assert_allclose(mine[: len(row)], row, err_msg=f"{stream} {name}", **limits)
+        # What was written later has no part in it.
+        assert not np.nan_to_num(mine[len(row) :]).any()
+
+
+@pytest.mark.parametrize(
+    ("model", "stream", "pattern"), [("llama", "text", "self_attn"), ("llava", "joint", "language")]
+)
+def test_each_token_that_a_decoder_writes_is_what_a_run_over_its_prefix_says(
+    model: str, stream: str, pattern: str, writer: Writer, asked: list[Sample]
+) -> None:
+    folder = writer(model)
+    run = each_written(folder, asked)
+    found = attnscope.analyse(run, EACH, save=False)
+    for sample, one in enumerate(asked):
+        steps = prefixes(folder, one)
+        assert len(steps) >= 2
+        for answer, (place, maps) in enumerate(steps):
+            mine = [m for m in maps if pattern in m[0]]
+            assert_each_close(found, stream, (sample, answer), single_stream(mine, 0, place - 1, slice(None)))
+            if model == "llava":
+                # The image encoder has a gradient as well; its last layer isn't read: CLS stands for it.
+                tower = [equation_5(a[0], g[0]) for n, a, g in maps if "vision" in n]
+                assert tower[0].any()
+                assert_each_close(found, "vision", (sample, answer), {"relevance": chain(tower)[0]})
+        length = steps[-1][0] + 1
+        mean = found["each_relevance"].sel(stream=stream).isel(sample=sample).values[: len(steps)].mean(0)[:length]
+        np.testing.assert_allclose(
+            found["relevance"].sel(stream=stream).isel(sample=sample).values[:length], mean, rtol=1e-5
+        )
+
+
+def test_each_token_that_a_decoder_beside_an_encoder_writes(writer: Writer, asked: list[Sample]) -> None:
+    folder = writer("bart")
+    run = each_written(folder, asked)
+    found = attnscope.analyse(run, EACH, save=False)
+    assert found.attrs["readout"] == "decoder: the token before each written one"
+    for sample, one in enumerate(asked):
+        steps = prefixes(folder, one)
+        assert len(steps) >= 2
+        for answer, (place, maps) in enumerate(steps):
+            cams = {name: equation_5(a[0], g[0]) for name, a, g in maps}
+            encoder = [cams[n] for n in cams if ".encoder.layers" in n]
+            own = [cams[n] for n in cams if ".decoder.layers" in n and n.endswith("self_attn")]
+            across = [cams[n] for n in cams if "encoder_attn" in n]
+            mine, theirs = encoder_decoder(encoder, list(zip(own, across, strict=True)), row=place - 1)
+            assert_each_close(found, "decoder", (sample, answer), {"relevance": mine})
+            assert_each_close(found, "text", (sample, answer), {"relevance": theirs})
+            last = next(
+                (a[0], g[0]) for n, a, g in reversed(maps) if ".decoder.layers" in n and n.endswith("self_attn")
+            )
+            kept = {name: values[place - 1] for name, values in last_of(*last).items()}
+            assert_each_close(found, "decoder", (sample, answer), kept)
+
+
+def test_the_score_of_what_was_written_is_its_mean_logit_and_its_words_are_told(
+    writer: Writer, asked: list[Sample]
+) -> None:
+    folder = writer("llama")
+    run = each_written(folder, asked)
+    found = attnscope.analyse(run, EACH, save=False)
+    loaded = load_model(folder)
+    for sample, one in enumerate(asked):
+        inputs = loaded.family.encode([one], loaded)
+        given = inputs["input_ids"].shape[1]
+        ids = loaded.model.generate(**inputs, max_new_tokens=MOST, do_sample=False)
+        logits = loaded.model(ids).logits[0, given - 1 : -1].gather(-1, ids[0, given:, None]).mean()
+        np.testing.assert_allclose(run.outputs["score"].values[0, sample], logits.detach(), rtol=1e-5)
+        said = [w for w in found["answer_text"].values[sample].tolist() if w]
+        assert said == loaded.tokenizer.convert_ids_to_tokens(ids[0, given:].tolist())
+        # Samples that wrote fewer tokens have nothing for the others.
+        assert np.isnan(found["each_relevance"].values[0, sample, len(said) :]).all()
+    assert "each written token" in attnscope.render(run, [found])
+
+
+def test_written_tokens_are_weighted_each_by_its_own_gradient(writer: Writer, asked: list[Sample]) -> None:
+    analyser = Relevance(target="generated", methods=("relevance",), weighting="gradient")
+    spec = ExtractSpec(frozenset({"score"}))
+    run = attnscope.extract(writer("llama"), asked[:1], [analyser], spec=spec, generate=MOST)
+    found = attnscope.analyse(run, analyser, save=False)
+    shares = run.array("text.self", "answer_residual").values[0]
+    # The logit of a written token doesn't depend on what stands behind it.
+    maps = run.array("text.self", "answer_relevance").values[0]
+    given = 2
+    for answer in range(int((found["answer_text"].values[0] != "").sum())):
+        row = np.eye(maps.shape[-1])[given + answer - 1]
+        for layer in reversed(range(len(maps))):
+            kept = shares[layer, answer].astype(float)
+            row = row * kept + (row * (2 - kept)) @ np.nan_to_num(maps[layer, answer].astype(float))
+        np.testing.assert_allclose(
+            np.nan_to_num(found["each_relevance"].values[0, 0, answer]), row, rtol=1e-5, atol=1e-6
+        )
+        assert not (shares[:, answer, given + answer :] != 1).any()
+
+
+def test_written_tokens_are_explained_without_a_gradient_too(writer: Writer, asked: list[Sample]) -> None:
+    """Rollout and attention of the row before each token, from one map for all of them."""
+    plain = Relevance(target="generated", methods=("rollout", "attention"))
+    spec = ExtractSpec(frozenset({"score"}))
+    run = attnscope.extract(writer("llama"), asked, [plain], spec=spec, generate=MOST)
+    assert "answer_relevance" not in run.quantities("text.self")
+    found = attnscope.analyse(run, plain, save=False)
+    whole = attnscope.analyse(each_written(writer("llama"), asked), EACH, save=False)
+    for name in ("each_rollout", "each_attention", "rollout"):
+        np.testing.assert_allclose(found[name], whole[name], rtol=1e-6)
+    silent = attnscope.extract(writer("llama"), asked, [Relevance(methods=("rollout",))], spec=spec)
+    with pytest.raises(ValueError, match="holds nothing that the model wrote"):
+        plain.analyse(silent)
+
+
+def test_maps_of_written_tokens_are_checked_grown_and_read_back(
+    writer: Writer, asked: list[Sample], tmp_path: Path
+) -> None:
+    long, short = reversed(asked)
+    folder = writer("llama")
+    out = str(tmp_path / "run.zarr")
+    each_written(folder, [long], out, grow=True)
+    each_written(folder, [long, short], out, grow=True)
+    run = open_run(out)
+    assert check_run(run).faults == ()
+    whole = each_written(folder, [long, short])
+    for name in ("answer_relevance", "answer_gradcam", "answer_gradient"):
+        stored, size = run.array("text.self", name), whole.plan.streams["text"]
+        assert stored.dims == ("sample", "layer", "answer", "query_token", "key_token")
+        np.testing.assert_array_equal(stored.values[..., :size, :size], whole.array("text.self", name).values)
+
+
+def test_written_tokens_are_no_target_of_a_model_that_does_not_write(writer: Writer, asked: list[Sample]) -> None:
+    spec = ExtractSpec(frozenset({"score"}))
+    with pytest.raises(ModelError, match="give generate=N"):
+        attnscope.extract(writer("llama"), asked, [EACH], spec=spec)
+    with pytest.raises(ValueError, match="extract with generate=N"):
+        written_logits(object(), {}, None)  # type: ignore[arg-type]
+
+
+WORDS = torch.tensor([[2, 9, 8, 30, 31, 12, 3], [2, 9, 20, 3, 0, 0, 0]])
+MAPPERS: dict[str, tuple[Any, str | int, Callable[[Any], torch.Tensor]]] = {
+    "answers": (MapperForQuestionAnswering, 3, lambda outputs: outputs.logits[:, 3]),
+    # What is said behind the second token is the third.
+    "captions": (
+        MapperForConditionalGeneration,
+        "word:2",
+        lambda outputs: outputs.logits[torch.arange(2), 1, WORDS[:, 2]],
+    ),
+}
+
+
+def wide_mapper(head: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The reference world's mapper with wide random weights, and two texts of several lengths with images."""
+    model = widened(MAPPERS[head][0]._from_config(mapper_config(), attn_implementation="eager"))
+    mask = (WORDS > 0).long()
+    return model, {"input_ids": WORDS, "attention_mask": mask, "pixel_values": numbers(2, 3, 48, 48)}
+
+
+def mapped(cams: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The walk over two encoders, two layers of co-attention and a decoder, with a matrix for each pair of streams."""
+
+    def those(start: str) -> list[np.ndarray]:
+        return [cam for name, cam in cams.items() if name.startswith(start)]
+
+    tt, ii = chain(those("model.text_model")), chain(those("model.vision_model"))
+    ti, it = np.zeros((len(tt), len(ii))), np.zeros((len(ii), len(tt)))
+    for layer in range(2):
+        text, image, text_over, image_over = (
+            cams[f"model.mapper.layers.{layer}.{part}_attention"]
+            for part in ("text", "image", "text_image", "image_text")
+        )
+        tt, ti = tt + text @ tt, ti + text @ ti
+        ii, it = ii + image @ ii, it + image @ it
+        t_bar, i_bar = normal(tt), normal(ii)
+        tt, ti, it, ii = (
+            tt + text_over @ it,
+            ti + t_bar.T @ text_over @ i_bar,
+            it + i_bar.T @ image_over @ t_bar,
+            ii + image_over @ ti,
+        )
+    if not those("decoder"):
+        return {"text": tt, "vision": ti}
+    selves, across = ([cams[f"decoder.layers.{n}.{part}_attention"] for n in range(2)] for part in ("self", "image"))
+    words = len(selves[0])
+    ww, wi, wp = np.eye(words), np.zeros((words, len(ii))), np.zeros((words, len(tt)))
+    gained = ii.sum(1) - 1
+    for own, over in zip(selves, across, strict=True):
+        ww, wi, wp = ww + own @ ww, wi + own @ wi, wp + own @ wp
+        looked = normal(ww).T @ over
+        wi = wi + looked @ normal(ii)
+        wp = wp + (looked / np.where(gained > 0, gained, np.inf)) @ it
+    return {"text": ww, "vision": wi, "prompt": wp}
+
+
+@pytest.mark.parametrize(("head", "row"), [("answers", None), ("captions", 1)])
+def test_a_mapper_between_two_encoders_and_a_decoder(head: str, row: int | None) -> None:
+    model, inputs = wide_mapper(head)
+    _, target, score = MAPPERS[head]
+    found = extracted(model, inputs, target)
+    maps = spied(model, inputs, score)
+    assert found.attrs["readout"].startswith("text: the")
+    for sample, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+
+        def real(values: np.ndarray, sample: int = sample, length: int = length) -> np.ndarray:
+            rows, columns = (length if size == 7 else None for size in values.shape[2:])
+            return values[sample, :, :rows, :columns]
+
+        cams = {name: equation_5(real(a), real(g)) for name, a, g in maps}
+        at = length - 1 if row is None else row
+        for stream, relevance in mapped(cams).items():
+            assert relevance[at].any(), stream
+            assert_close(found, stream, sample, {"relevance": relevance[at]})
+
+
+def heads_mean(run: Any, event: walking.Event) -> np.ndarray:
+    """The attention of the first sample, which has no padding, where a stream looks at itself; nothing elsewhere."""
+    one = run.array(event.site, "attention_mean").isel(sample=0, layer=event.position).values.astype(float)
+    return one if event.is_self else np.zeros_like(one)
+
+
+@pytest.mark.parametrize("head", MAPPERS)
+def test_weights_of_a_mapper_have_chefer_and_rollout_as_limits(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = wide_mapper(head)
+    plain = Relevance(target=MAPPERS[head][1], methods=("relevance", "rollout"))
+    for weighting in ("norm", "gradient"):
+        weighted = dataclasses.replace(plain, weighting=weighting)  # type: ignore[arg-type]
+        run = attnscope.extract(model, [inputs], [plain, weighted], spec=ExtractSpec(frozenset({"score"})))
+        for site in run.sites:
+            shares = run.array(site, f"residual_{weighting}").values
+            assert np.isfinite(shares).any(axis=(0, 2)).all(), site
+        expected, different = (attnscope.analyse(run, a, save=False)["relevance"] for a in (plain, weighted))
+        assert np.abs(different - expected).max() > 0.01
+        # Where both terms count alike, it is Chefer's.
+        with monkeypatch.context() as patch:
+            patch.setattr(reading.Reader, "_share", lambda self, event: np.ones(int(self._real(event.queries).sum())))
+            same = attnscope.analyse(run, weighted, save=False)["relevance"]
+        np.testing.assert_array_equal(same, expected)
+    events = plain._events(run)
+    sizes = {name: len(run.tokens(name)["token"]) for name in run.streams}
+    layers = sum(e.queries == e.keys == "text" for e in events)
+    for row in np.eye(sizes["text"]):
+        # Where both terms are halved, and the map is the attention itself, it is rollout.
+        even = walking.Walk(events, lambda e: heads_mean(run, e), sizes).rows("text", row)["text"] / 2**layers
+        rolled_out = walking.roll_out(walking.Walk(events, lambda e: heads_mean(run, e), sizes), "text", row)["text"]
+        np.testing.assert_allclose(even, rolled_out, rtol=1e-6)
+        # Where the residual has all the weight, nothing is passed on.
+        alone = walking.Walk(
+            events, lambda e: heads_mean(run, e) + 1, sizes, lambda e: np.full(sizes[e.queries], 2.0)
+        ).rows("text", row)
+        np.testing.assert_allclose(alone["text"], 2**layers * row)
+        assert not any(np.any(values) for name, values in alone.items() if name != "text")

@@ -56,7 +56,7 @@ def train(
     processes: int | None,
     engine: str | None,
 ) -> None:
-    """Train the model NAME (vilt, clip, lxmert, text or simla) from its recipe.
+    """Train the model NAME (vilt, clip, lxmert, text, simla or mapper) from its recipe.
 
     The same command again finishes what was cut short. The same recipe and seed give the same weights.
     """

@@ -22,6 +22,7 @@ from attnscope.families import (
     llava,
     llava_next,
     lxmert,
+    mapper,
     mllama,
     qwen_vl,
     siglip,
@@ -68,6 +69,7 @@ FAMILIES = (
     idefics3.FAMILY,
     internvl.FAMILY,
     mllama.FAMILY,
+    mapper.FAMILY,
 )
 
 

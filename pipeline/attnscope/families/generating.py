@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from attnscope.families import LayoutFunction, ModelFamily
+from attnscope.families.labels import LABELS, UNASKED, WRITTEN
 from attnscope.families.layouts import DEFAULT_LAYOUTS
 from attnscope.samples import Sample
 from attnscope.tokens import KIND_CODES, TokenLayout
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attnscope.loading import LoadedModel
-
-_WRITTEN = "_written"
-_UNMARKED = [KIND_CODES[kind] for kind in ("text", "special", "unknown")]
 
 
 def generating(family: ModelFamily, loaded: "LoadedModel", most: int) -> ModelFamily:
@@ -75,7 +71,7 @@ def _with_answer(inputs: "dict[str, Tensor]", loaded: "LoadedModel", most: int) 
         ids = loaded.model.generate(**given, max_new_tokens=most, do_sample=False, num_beams=1).cpu()  # type: ignore[operator]
     if decoder is not None or getattr(loaded.config, "is_encoder_decoder", False):
         rest = {k: v for k, v in inputs.items() if k != "decoder_attention_mask"}
-        return {**rest, "decoder_input_ids": ids, _WRITTEN: torch.tensor([[ids.shape[1] - 1]])}
+        return {**rest, "decoder_input_ids": ids, **_notes(ids, ids.shape[1] - 1)}
     prompt = inputs["input_ids"]
     begins_with_it = ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt.cpu())
     answer = ids[:, prompt.shape[1] :] if begins_with_it else ids
@@ -85,7 +81,16 @@ def _with_answer(inputs: "dict[str, Tensor]", loaded: "LoadedModel", most: int) 
         for k, v in inputs.items()
         if v.shape == prompt.shape
     }
-    return {**inputs, **longer, _WRITTEN: torch.tensor([[answer.shape[1]]])}
+    return {**inputs, **longer, **_notes(longer["input_ids"], answer.shape[1])}
+
+
+def _notes(ids: "Tensor", written: int) -> "dict[str, Tensor]":
+    """How many of these tokens (sample, token) the model wrote, the last ones, and what it is asked for there."""
+    import torch
+
+    labels = torch.full_like(ids, UNASKED)
+    labels[:, ids.shape[1] - written :] = ids[:, ids.shape[1] - written :]
+    return {WRITTEN: torch.tensor([[written]]), LABELS: labels}
 
 
 def _beside(name: str, prompt: "Tensor", answer: "Tensor") -> "Tensor":
@@ -97,12 +102,11 @@ def _marked(layout: LayoutFunction) -> LayoutFunction:
 
     def marked(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
         made = layout(inputs, loaded, tokens)
-        written = int(inputs[_WRITTEN][0, 0])
+        written = int(inputs[WRITTEN][0, 0])
         if not written:
             return made
         kind = made.kind.copy()
-        last = kind[:, -written:]
-        last[np.isin(last, _UNMARKED)] = KIND_CODES["generated"]
+        kind[:, -written:] = KIND_CODES["generated"]
         return replace(made, kind=kind)
 
     return marked

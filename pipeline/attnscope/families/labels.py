@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 LABELS = "_labels"
 """Name of these notes: (sample, token) word ids, UNASKED wherever no masked word is asked for."""
 UNASKED = -100
+WRITTEN = "_written"
+"""Name of the note how many tokens the model wrote, the last of its text: (sample, 1)."""
 
 
 def encoded_samples(samples: Sequence[Sample], loaded: "LoadedModel") -> "dict[str, Tensor]":

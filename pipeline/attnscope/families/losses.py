@@ -32,8 +32,8 @@ def word_logits(outputs: object, tokens: int, loaded: "LoadedModel") -> "Tensor"
     for name in _WORD_LOGITS:
         logits = getattr(outputs, name, None)
         if logits is not None and logits.ndim == 3 and logits.shape[1] >= tokens:
-            # Behind the text, a joint stream has logits at its image tokens as well.
-            return logits[:, :tokens]
+            # A joint stream has logits at its image tokens as well: behind the text, or in front of what reads them.
+            return logits[:, -tokens:] if writes_forward(loaded) else logits[:, :tokens]
     raise ValueError(f"{loaded.name!r} tells no words: asking for a phrase needs a model with a language head")
 
 

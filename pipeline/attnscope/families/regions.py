@@ -1,6 +1,6 @@
 """Image regions that an object detector found, or that a sample's boxes name: their features and their layout."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +26,25 @@ def region_tokens(features_name: str, mask_name: str) -> "LayoutFunction":
         return plain_layout(kind)
 
     return layout
+
+
+_POSITIONS = "visual_pos"
+
+
+def boxed_streams(inputs: "dict[str, Tensor]", streams: Iterable[str]) -> tuple[str, ...]:
+    """Those of the streams whose tokens are regions of which the inputs say where they lie."""
+    return tuple(s for s in streams if s == "vision" and _POSITIONS in inputs and inputs[_POSITIONS].shape[-1] >= 4)
+
+
+def given_boxes(inputs: "dict[str, Tensor]", row: int, size: tuple[int, int]) -> np.ndarray | None:
+    """The boxes of a sample's regions, (region, 4) in pixels of an image of this size (width, height).
+
+    None where the inputs don't say where they lie.
+    """
+    places = inputs.get(_POSITIONS)
+    if places is None or places.shape[-1] < 4:
+        return None
+    return places[row, :, :4].float().cpu().numpy() * np.array([*size, *size])
 
 
 # What fills up a picture's regions, in parts of its sides: the whole, its quarters, its middle, its halves.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from attnscope.families.labels import LABELS, UNASKED
+from attnscope.families.labels import LABELS, UNASKED, WRITTEN
 from attnscope.families.losses import word_logits, writes_forward
 
 if TYPE_CHECKING:
@@ -93,6 +93,28 @@ def masked_words(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "Loade
     return (chosen * asked).sum(dim=1) / asked.sum(dim=1)
 
 
+def written_logits(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedModel") -> "Tensor":
+    """The logit of each token that the model wrote behind its prompt, where it wrote it: (sample, written token).
+
+    What is read from left to right tells a token from those before it alone, so that one forward over the whole text
+    gives each of these logits, and its gradients, as the step did that wrote the token.
+    """
+    if WRITTEN not in inputs:
+        raise ValueError(
+            "the target 'generated' is what the model writes by itself: extract with generate=N (--generate N)"
+        )
+    labels = inputs[LABELS]
+    logits = word_logits(outputs, labels.shape[1], loaded)
+    rows, places = (labels != UNASKED).nonzero(as_tuple=True)
+    asked = logits[rows.to(logits.device), (places - 1).to(logits.device)]
+    return asked.gather(-1, labels[rows, places].to(logits.device)[:, None])[:, 0].reshape(len(labels), -1)
+
+
+def generated(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedModel") -> "Tensor":
+    """The mean logit of the tokens that the model wrote behind its prompt."""
+    return written_logits(outputs, inputs, loaded).mean(dim=1)
+
+
 def at_place(outputs: object, inputs: "Mapping[str, Tensor]", loaded: "LoadedModel", target: str) -> "Tensor":
     """The logit that a target of a place asks for: 'token:K' or 'word:K', K counted from the end when negative.
 
@@ -161,4 +183,5 @@ SCORES: "Mapping[str, Callable[[object, dict[str, Tensor], LoadedModel], Tensor]
     "mean_norm": mean_norm,
     "last_token": last_token,
     "masked": masked_words,
+    "generated": generated,
 }

@@ -14,6 +14,9 @@ _ABOUT = {
     "simla": "One stream on several levels (SIMLA in small, Khan et al., ECCV 2022): BLIP's classes, an image encoder"
     " below a text encoder that looks at it. Heads for matching (the default), masked words and the class of each patch"
     " (`SimlaForWordsAndPatches`); beside them the heads for patches' codes and keywords, and the codes themselves.",
+    "mapper": "The carried CLIP's two encoders, frozen, and a mapper behind them in which text and image attend to"
+    " themselves and to each other, with a head for answers and a decoder that writes captions: CLIPmapper (Huang et"
+    " al. 2023) in small, as far as its abstract says what that is.",
     "text": "Captions alone (BERT, masked words): a control that never saw an image, so that its figures are the prior"
     " of the language.",
 }
@@ -30,8 +33,12 @@ _NOTES = {
     " the picture and the rest of its phrase determine; 'without object' and 'without image' show mid-grey there."
     " 'grounding' takes each phrase alone and Grad-CAM of the matching logit on the cross-attention of a layer: 'box'"
     " says whether the region with the largest area-normalised mass overlaps the thing by one half, of nine regions,"
-    " 'pointing' whether the strongest patch shows any of it. 'codes' are those of masked patches, from the words or"
-    " with all words masked.",
+    " 'pointing' whether the strongest patch shows any of it. 'codes' are those of a thing's patches, all of them"
+    " masked, from the words or with all words masked.",
+    "mapper": "'attributes' are the questions for a colour, a shape, and whether something is there. 'captions tokens'"
+    " and 'bits' are of each word behind the true ones; which things a caption mentions, and in which order, nobody can"
+    " tell from the picture. 'captions true' is the share of greedy captions with phrases that are all true: a thing of"
+    " the scene has their colour and shape, and their size where they name one; 'phrases' counts each by itself.",
     "text": "Captions of normal scenes name no colour and no shape twice, which the words give away.",
 }
 _NOTES["lxmert"] = (
@@ -97,10 +104,14 @@ _PARTS = {"words": "words", "wordpiece": "word pieces"}
 _ABOUT_PAIRS = {
     "clip": "Two encoders that meet in the similarity (CLIP).",
     "text": "Texts alone (BERT, masked words), without images.",
+    "simla": "One stream on several levels (SIMLA in small): BLIP's classes, an image encoder below a text encoder that"
+    " looks at it, trained on contrast, matching, masked words, masked patches' codes and keywords.",
 }
 _PAIR_NOTES = {
     "clip": "Each says how often an image's own text (or a text's own image) is the first, or among the first 5 or 10,"
     " of all of these samples'.",
+    "simla": "Each says how often an image's own text (or a text's own image) is the first, or among the first 5 or 10,"
+    " of all of these samples', by the similarity of the two encoders' vectors.",
     "text": "15 % of the words are masked; 'words' says how many of them are told.",
 }
 

@@ -16,11 +16,12 @@ HEADS = {
     "lxmert": {"all": "LxmertWithObjects"},
     "text": {"words": "BertForMaskedLM"},
     "simla": {"matching": "BlipForImageTextRetrieval", "words": "SimlaForWordsAndPatches"},
+    "mapper": {"answers": "MapperForQuestionAnswering", "captions": "MapperForConditionalGeneration"},
 }
 
 
 def path(name: str) -> Path:
-    """The folder of a carried model, for `from_pretrained`: 'vilt', 'clip', 'lxmert', 'text' or 'simla'.
+    """The folder of a carried model, for `from_pretrained`, by its name in HEADS.
 
     Raises
     ------

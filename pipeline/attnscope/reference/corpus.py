@@ -49,7 +49,8 @@ class Corpus:
     `pixels` (scene, row, column, colour) uint8; `patches` and `patch_things` (scene, patch): class and thing of each;
     `patch_shows` (scene, thing, patch): whether any of a thing is in it; `crops` (scene, region, row, column, colour)
     uint8, `boxes` (scene, region, 4) in parts of the side, `regions` and `region_things` (scene, region);
-    `region_shows` (scene, thing, region): whether more than half of the thing's box is in it; `words` (scene, token)
+    `region_shows` (scene, thing, region): whether more than half of the thing's box is in it; `things` (scene, thing)
+    classes, and whether each is `large` (scene, thing); `words` (scene, token)
     ids, `roles` (scene, token) in ROLES, `determined`, and `phrases` (scene, token): the thing that the token's phrase
     mentions; `negatives` (scene, kind, token); `questions` (scene, kind, token) and `answers` (scene, kind).
     """
@@ -64,6 +65,8 @@ class Corpus:
     regions: np.ndarray
     region_things: np.ndarray
     region_shows: np.ndarray
+    things: np.ndarray
+    large: np.ndarray
     words: np.ndarray
     roles: np.ndarray
     determined: np.ndarray
@@ -96,7 +99,7 @@ def _row(scene: Scene) -> dict[str, np.ndarray]:
     classes = np.array([CLASSES.index(" ".join(thing.pair)) for thing in scene.things] + [GROUND], np.int8)
     parts = _patch_parts(labels, len(scene.things))
     patch_things = np.where(parts.max(0) >= _LEAST_PART, parts.argmax(0), -1).astype(np.int8)
-    boxes = boxes_of(regions_of(caption, labels, len(scene.things)), image.size, REGIONS)
+    boxes = boxes_of(regions_of(caption, labels, scene.things), image.size, REGIONS)
     region_things = _box_things(boxes, labels, len(scene.things))
     negatives = contradict(scene, caption)
     questions = {question.kind: question for question in ask(scene)}
@@ -112,6 +115,8 @@ def _row(scene: Scene) -> dict[str, np.ndarray]:
         "regions": classes[region_things],
         "region_things": region_things,
         "region_shows": _per_thing(_shown_in(boxes, region_things, len(scene.things))),
+        "things": np.pad(classes[:-1], (0, MOST_THINGS - len(scene.things)), constant_values=-1),
+        "large": np.array([n < len(scene.things) and scene.things[n].size == "large" for n in range(MOST_THINGS)]),
         "words": token_ids(caption),
         **_roles(scene, caption),
         "negatives": np.stack([token_ids(negatives[k]) if k in negatives else 0 * token_ids(none) for k in NEGATIVES]),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from attnscope.reference.captions import ATTRIBUTE_QUESTIONS, QUESTIONS
-from attnscope.reference.corpus import MASK, NEGATIVES, ROLES, Corpus
-from attnscope.reference.learners import JointLearner, Retriever, Seen
+from attnscope.reference.corpus import CLASSES, CLS, LENGTH, MASK, NEGATIVES, PAD, ROLES, SEP, VOCABULARY, Corpus
+from attnscope.reference.learners import JointLearner, Mapper, Retriever, Seen
 from attnscope.reference.lessons import trimmed, units_of, units_showing
 
 _BATCH = 256
@@ -201,6 +201,60 @@ def examine_retrieval(learner: Retriever, corpus: Corpus) -> dict[str, Items]:
     right = torch.cat(logits)[scene, patch].argmax(-1).numpy() == classes[scene, patch]
     result["patches"] = Items(right.astype(float), scene)
     return result
+
+
+@torch.no_grad()
+def examine_captions(learner: Mapper, corpus: Corpus) -> dict[str, Items]:
+    """Of words behind the true ones, whether each is told, and its surprise; and what greedy captions say.
+
+    'true' is whether a caption has phrases and all of them are true of the scene: a thing has their colour and shape,
+    and their size where they name one. 'phrases' counts each phrase by itself.
+    """
+    found: dict[str, list[np.ndarray]] = {"tokens": [], "bits": []}
+    where, greedy = [], []
+    for at in batches(len(corpus)):
+        captions = trimmed(corpus.words[at])
+        image = learner.look(corpus, np.arange(len(corpus))[at])
+        logits = learner.tell(captions[:, :-1], image).double()
+        row, token = (captions[:, 1:] != PAD).nonzero(as_tuple=True)
+        wanted, said = captions[row, token + 1], logits[row, token]
+        found["tokens"].append((said.argmax(-1) == wanted).double().numpy())
+        found["bits"].append(-said.log_softmax(-1).gather(1, wanted[:, None])[:, 0].numpy() / np.log(2))
+        where.append(row.numpy() + at.start)
+        greedy.append(write_captions(learner, image))
+    judged = [_phrases_true(words, corpus, scene) for scene, words in enumerate(np.concatenate(greedy))]
+    scenes = np.arange(len(corpus))
+    phrases = Items(np.concatenate(judged).astype(float), np.repeat(scenes, [len(one) for one in judged]))
+    return {
+        **{name: Items(np.concatenate(values), np.concatenate(where)) for name, values in found.items()},
+        "true": Items(np.array([bool(one) and all(one) for one in judged], float), scenes),
+        **({"phrases": phrases} if len(phrases.values) else {}),
+    }
+
+
+@torch.no_grad()
+def write_captions(learner: Mapper, image: Tensor, most: int = LENGTH) -> np.ndarray:
+    """The likeliest word behind the others again and again, (sample, token) ids, for images mapped with the prompt."""
+    words = torch.full((len(image), 1), CLS)
+    while words.shape[1] < most and not (words == SEP).any(1).all():
+        following = learner.decoder(words, image, None)[:, -1].argmax(-1)
+        words = torch.cat([words, following.where(~(words == SEP).any(1), PAD)[:, None]], 1)
+    return np.pad(words.numpy(), ((0, 0), (0, most - words.shape[1])))
+
+
+def _phrases_true(ids: np.ndarray, corpus: Corpus, scene: int) -> list[bool]:
+    """Of each colour and shape that stand together in a caption (token,), whether a thing of the scene is so."""
+    words = [VOCABULARY[i] for i in ids if i not in (PAD, CLS, SEP)]
+    judged = []
+    for at in range(1, len(words)):
+        pair = f"{words[at - 1]} {words[at]}"
+        if pair in CLASSES:
+            fits = corpus.things[scene] == CLASSES.index(pair)
+            size = words[at - 2] if at > 1 else ""
+            if size in ("small", "large"):
+                fits &= corpus.large[scene] == (size == "large")
+            judged.append(bool(fits.any()))
+    return judged
 
 
 def _embedded(learner: Retriever, words: np.ndarray) -> Tensor:

@@ -13,11 +13,14 @@ from typing import Protocol
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from attnscope.reference import carrying, mapper
 from attnscope.reference.captions import ANSWERS
 from attnscope.reference.corpus import (
     CLASSES,
+    CLS,
     GRID,
     LENGTH,
     PAD,
@@ -361,6 +364,56 @@ class Clip(Learner):
         return nn.functional.normalize(self.text_projection(out.pooler_output), dim=-1)
 
 
+class Mapper(JointLearner):
+    """The mapper behind the carried CLIP, which stays as it is, with answers, captions, and the class of each patch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = mapper_config()
+        answers = mapper.MapperForQuestionAnswering(config)
+        self.model, self.classifier = answers.model, answers.classifier
+        self.decoder = mapper.Decoder(config)
+        self.decoder.apply(answers._init_weights)
+        self.patch_classifier = UnitClassifier()
+        weights = load_file(carrying.path("clip") / "model.safetensors")
+        for name in ("text_model", "vision_model"):
+            encoder = getattr(self.model, name).requires_grad_(False)
+            encoder.load_state_dict({n: weights[f"{name}.{n}"] for n, _ in encoder.named_parameters()})
+
+    def see(self, corpus: Corpus, scenes: np.ndarray) -> Seen:
+        return Seen(normalised(corpus.pixels[scenes]))
+
+    def encode(self, words: Tensor, seen: Seen) -> Hidden:
+        out = self.model(words, seen.pixels, (words != PAD).long())
+        return Hidden(
+            out.text_hidden_state, out.image_hidden_state, mapper.end_states(out.text_hidden_state, words, self.config)
+        )
+
+    def answer(self, hidden: Hidden) -> Tensor:
+        return self.classifier(hidden.pooled)
+
+    def classify(self, hidden: Hidden) -> Tensor:
+        return self.patch_classifier(hidden.image[:, 1:])  # type: ignore[index]
+
+    def prompts(self, count: int) -> Tensor:
+        """The text (sample, token) to encode images with that are to be described."""
+        return mapper.prompts(count, self.config)
+
+    def look(self, corpus: Corpus, scenes: np.ndarray) -> Tensor:
+        """Images mapped with the prompt (sample, unit, channel)."""
+        image = self.encode(self.prompts(len(scenes)), self.see(corpus, scenes)).image
+        assert image is not None
+        return image
+
+    def tell(self, words: Tensor, image: Tensor) -> Tensor:
+        """Logits (sample, token, word) of what comes behind each token, for images mapped with the prompt."""
+        return self.decoder(words, image, (words != PAD).long())
+
+    @property
+    def config(self) -> mapper.MapperConfig:
+        return self.model.config
+
+
 _ANSWER_NAMES = dict(enumerate(ANSWERS))
 _ANSWER_IDS = {answer: number for number, answer in enumerate(ANSWERS)}
 
@@ -450,4 +503,24 @@ def clip_config(sizes: Sizes = WORLD) -> transformers.CLIPConfig:
         },
         projection_dim=sizes.width,
         architectures=["CLIPModel"],
+    )
+
+
+def mapper_config() -> mapper.MapperConfig:
+    clip = clip_config()
+    prompt = (VOCABULARY.index(word) for word in ("what", "is", "there", "?"))
+    return mapper.MapperConfig(
+        text_config=clip.text_config.to_dict(),
+        vision_config=clip.vision_config.to_dict(),
+        hidden_size=_WIDTH,
+        num_attention_heads=_HEADS,
+        intermediate_size=2 * _WIDTH,
+        initializer_range=_INIT,
+        prompt_ids=[CLS, *prompt, SEP],
+        pad_token_id=PAD,
+        bos_token_id=CLS,
+        eos_token_id=SEP,
+        id2label=_ANSWER_NAMES,
+        label2id=_ANSWER_IDS,
+        architectures=["MapperForQuestionAnswering"],
     )

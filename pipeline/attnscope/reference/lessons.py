@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attnscope.reference.captions import QUESTIONS
-from attnscope.reference.corpus import CLASSES, CLS, GROUND, MASK, NEGATIVES, ROLES, SEP, SPECIAL, Corpus
-from attnscope.reference.learners import Clip, Hidden, JointLearner, Text
+from attnscope.reference.corpus import CLASSES, CLS, GROUND, MASK, NEGATIVES, PAD, ROLES, SEP, SPECIAL, Corpus
+from attnscope.reference.learners import Clip, Hidden, JointLearner, Mapper, Text
 from attnscope.reference.pairs import Learnable, Pairs
 from attnscope.reference.scenes import Generator
 
@@ -26,6 +26,8 @@ _NEGATIVE_WEIGHTS = dict(zip((*NEGATIVES, "other"), (0.4, 0.2, 0.2, 0.1, 0.1), s
 _QUESTION_WEIGHTS = dict(zip(QUESTIONS, (0.25, 0.25, 0.25, 0.1, 0.075, 0.075), strict=True))
 _UNIT_WEIGHT, _GROUND_WEIGHT = 0.5, 0.05
 _CONTRAST = 128
+# How many scenes of a batch the mapper is asked about, and how many it describes.
+_ASKED, _DESCRIBED = 64, 64
 _WORD_SHARE, _MASKED, _OTHER_WORD = 0.15, 0.8, 0.1
 
 WORLD_LOSSES = {
@@ -262,6 +264,26 @@ def contrastive_losses(
         if isinstance(corpus, Corpus):
             losses["units"] = patch_loss(share.gather(unit_logits.float()), corpus, scenes)
     return losses
+
+
+def mapper_losses(learner: Mapper, corpus: Corpus, rng: Generator, hard_share: float = HARD_SHARE) -> dict[str, Tensor]:
+    """Answers to questions, captions of other scenes word by word behind the true words, and patch classes."""
+    scenes = draw_scenes(corpus, _ASKED + _DESCRIBED, rng, hard_share)
+    asked, described = np.split(scenes, [_ASKED])
+    kinds = _question_kinds(corpus, asked, rng)
+    prompts = learner.prompts(_DESCRIBED).numpy()
+    prompts = np.pad(prompts, ((0, 0), (0, corpus.questions.shape[-1] - prompts.shape[1])))
+    texts = trimmed(np.concatenate([corpus.questions[asked, kinds], prompts]))
+    hidden = learner.encode(texts, learner.see(corpus, scenes))
+    answers = torch.from_numpy(corpus.answers[asked, kinds].astype(np.int64))
+    captions = trimmed(corpus.words[described])
+    said = learner.tell(captions[:, :-1], hidden.image[_ASKED:])  # type: ignore[index]
+    classes = torch.from_numpy(corpus.patches[scenes].astype(np.int64))
+    return {
+        "answers": nn.functional.cross_entropy(learner.answer(hidden)[:_ASKED], answers),
+        "captions": nn.functional.cross_entropy(said.flatten(0, 1), captions[:, 1:].flatten(), ignore_index=PAD),
+        "units": _UNIT_WEIGHT * _unit_loss(learner.classify(hidden).flatten(0, 1), classes.flatten()),
+    }
 
 
 def units_of(learner: JointLearner, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ from attnscope.reference.examining import (
     Figure,
     Items,
     examine_answers,
+    examine_captions,
     examine_matching,
     examine_retrieval,
     examine_units,
@@ -278,4 +279,5 @@ _EXAMINATIONS: dict[str, tuple[Callable[..., dict[str, Items]], ...]] = {
         _prefixed("grounding", examine_grounding),
         examine_reconstruction,
     ),
+    "mapper": (_prefixed("answers", examine_answers), _prefixed("captions", examine_captions)),
 }

@@ -1,4 +1,4 @@
-"""Transformers' own models with one thing more in what they give: the class of each of the image's tokens."""
+"""Classes of the carried models beside transformers' own: with the class of each image token, or behind a mapper."""
 
 from dataclasses import dataclass
 from functools import wraps
@@ -13,6 +13,16 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel, BlipTextO
 from transformers.models.lxmert.modeling_lxmert import LxmertForPreTrainingOutput
 
 from attnscope.reference.corpus import CLASSES
+from attnscope.reference.mapper import MapperForConditionalGeneration, MapperForQuestionAnswering
+
+__all__ = [
+    "AllOfLxmert",
+    "LxmertWithObjects",
+    "MapperForConditionalGeneration",
+    "MapperForQuestionAnswering",
+    "ViltForWordsAndPatches",
+    "WordsAndPatches",
+]
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Scenes as samples: pictures with captions or questions, and a region with box, span and mask for every phrase."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count, islice
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from attnscope.reference.captions import ATTRIBUTE_QUESTIONS, Caption, ask, contradict, describe, is_determined
 from attnscope.reference.pictures import draw_picture
-from attnscope.reference.scenes import SPLITS, Scene, draw_scene
+from attnscope.reference.scenes import SPLITS, Scene, Thing, draw_scene
 from attnscope.samples import Mask, Region, Sample, SampleError, encode_mask
 
 PICTURE_SIZE = 96
@@ -71,7 +71,7 @@ def caption_sample(scene: Scene, size: int = PICTURE_SIZE) -> Sample:
         **{f"negative_{kind}": text for kind, text in negatives.items()},
         "words": json.dumps(_words(scene, caption)),
     }
-    return _sample(scene.name, picture, caption, regions_of(caption, labels, len(scene.things)), targets)
+    return _sample(scene.name, picture, caption, regions_of(caption, labels, scene.things), targets)
 
 
 # Which kinds of question a caption's sample may bring, by turns; each list ends in one that every scene allows.
@@ -85,7 +85,7 @@ def question_samples(split: str, size: int = PICTURE_SIZE) -> Iterator[Sample]:
         scene = draw_scene(split, index)
         picture, labels = draw_picture(scene, size)
         for question in ask(scene):
-            regions = regions_of(question.caption, labels, len(scene.things))
+            regions = regions_of(question.caption, labels, scene.things)
             targets = {"answer": question.answer, "question_kind": question.kind}
             yield _sample(f"{scene.name}-{question.kind}", picture, question.caption, regions, targets)
 
@@ -106,7 +106,7 @@ def masked_samples(split: str, size: int = PICTURE_SIZE) -> Iterator[Sample]:
                     first = (mention, *(m for m in caption.mentions if m is not mention))
                     masked = replace(caption.changed({word: _MASK}), mentions=first)
                     targets = {"masked": caption.words[word], "role": role}
-                    regions = regions_of(masked, labels, len(scene.things))
+                    regions = regions_of(masked, labels, scene.things)
                     yield _sample(f"{scene.name}-{word}", picture, masked, regions, targets)
 
 
@@ -125,19 +125,22 @@ def _sample(
     return Sample(id=name, image=Image.fromarray(picture), text=caption.text, regions=regions, targets=targets)
 
 
-def regions_of(caption: Caption, labels: np.ndarray, things: int) -> tuple[Region, ...]:
-    seen = {number: _visible(labels == number) for number in range(-1, things)}
+def regions_of(caption: Caption, labels: np.ndarray, things: Sequence[Thing]) -> tuple[Region, ...]:
+    """What a caption says of a picture, and the things that it doesn't mention; colour and shape label each thing."""
+    seen = {number: _visible(labels == number) for number in range(-1, len(things))}
+    named = [f"{thing.colour} {thing.shape}" for thing in things]
     regions = []
     for mention in caption.mentions:
         box, mask = seen[mention.thing]
-        regions.append(Region(caption.phrase(mention.words), box, caption.span(mention.words), mask))
+        phrase, span = caption.phrase(mention.words), caption.span(mention.words)
+        regions.append(Region(phrase, box, span, mask, named[mention.thing]))
     for claim in caption.claims:
         if claim.kind == "ground":
             words = (claim.words[0], claim.words[1] + 1)  # 'striped ground'
             box, mask = seen[-1]
             regions.append(Region(caption.phrase(words), box, caption.span(words), mask))
     mentioned = {mention.thing for mention in caption.mentions}
-    regions += [Region(None, *seen[n][:1], None, seen[n][1]) for n in range(things) if n not in mentioned]
+    regions += [Region(None, seen[n][0], None, seen[n][1], name) for n, name in enumerate(named) if n not in mentioned]
     return tuple(region for region in regions if region.box is not None)
 
 

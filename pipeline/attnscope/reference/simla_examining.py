@@ -12,7 +12,6 @@ from attnscope.reference.examining import GALLERY, Items, batches, examine_retri
 from attnscope.reference.learners import Seen
 from attnscope.reference.lessons import Texts, trimmed
 from attnscope.reference.simla import Simla
-from attnscope.reference.simla_lessons import mask_blocks
 from attnscope.reference.weights import read_learner
 
 _RANKS = (1, 5, 10)
@@ -56,7 +55,9 @@ def grad_cam(learner: Simla, words: Tensor, seen: Seen) -> Tensor:
     the text's tokens.
     """
     with torch.enable_grad():
-        joined = learner.join_with_attention(words, learner.look(seen.pixels).detach())
+        # So that there is a graph also where the parameters are frozen.
+        image = learner.look(seen.pixels).detach().requires_grad_()
+        joined = learner.join_with_attention(words, image)
         match = learner.itm_head(joined.states[:, 0])[:, 1].sum()
         gradients = torch.autograd.grad(match, joined.cross)
     there = (words > 0)[:, None, :, None].float()
@@ -127,22 +128,28 @@ def _mentioned(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.no_grad()
 def examine_reconstruction(learner: Simla, corpus: Corpus) -> dict[str, Items]:
-    """The codes of masked patches that show something, with the words and with all of them masked: found, and bits."""
-    rng = np.random.default_rng(0)
-    masked = mask_blocks(len(corpus), rng) & (corpus.patch_things >= 0)
+    """Of each mentioned thing with all of its patches masked: the codes of its patches, found, and bits.
+
+    With the words, and with all of them masked. Nothing else is masked, so that the words can tell what was there.
+    """
+    scenes, things = _mentioned(corpus)
     found: dict[str, list[np.ndarray]] = {}
-    scenes = masked.nonzero()[0]
-    for at in batches(len(corpus)):
-        numbers = np.arange(len(corpus))[at]
-        seen, units = learner.see(corpus, numbers), torch.from_numpy(masked[at])
-        truth = learner.code(seen.pixels)[units]
-        image = learner.look(learner.hide(seen, units).pixels)
-        for name, words in _with_and_without(corpus.words[at]):
-            logits = learner.code_classifier(learner.join_image(image, trimmed(words))[units]).double()
+    where = []
+    for at in batches(len(scenes)):
+        numbers = scenes[at]
+        asked = corpus.patch_things[numbers] == things[at][:, None]
+        seen = learner.see(corpus, numbers)
+        hidden = learner.hide(seen, torch.from_numpy(corpus.patch_shows[numbers, things[at]]))
+        truth, image = learner.code(seen.pixels)[torch.from_numpy(asked)], learner.look(hidden.pixels)
+        where.append(numbers[asked.nonzero()[0]])
+        for name, words in _with_and_without(corpus.words[numbers]):
+            logits = learner.code_classifier(
+                learner.join_image(image, trimmed(words))[torch.from_numpy(asked)]
+            ).double()
             bits = nn.functional.cross_entropy(logits, truth, reduction="none") / np.log(2)
             found.setdefault(f"codes{name}_accuracy", []).append((logits.argmax(-1) == truth).double().numpy())
             found.setdefault(f"codes{name}_bits", []).append(bits.numpy())
-    return {name: Items(np.concatenate(values), scenes) for name, values in found.items()}
+    return {name: Items(np.concatenate(values), np.concatenate(where)) for name, values in found.items()}
 
 
 def _with_and_without(words: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

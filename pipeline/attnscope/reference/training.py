@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,13 +19,21 @@ from attnscope.reference.corpus import VOCABULARY, Corpus, build_corpus
 from attnscope.reference.examining import (
     Items,
     examine_answers,
+    examine_captions,
     examine_matching,
     examine_retrieval,
     examine_words,
 )
 from attnscope.reference.kinds import LEARNERS
-from attnscope.reference.learners import WORLD, JointLearner, Retriever, Sizes
-from attnscope.reference.lessons import HARD_SHARE, WORLD_LOSSES, contrastive_losses, joint_losses, word_losses
+from attnscope.reference.learners import WORLD, JointLearner, Mapper, Retriever, Sizes
+from attnscope.reference.lessons import (
+    HARD_SHARE,
+    WORLD_LOSSES,
+    contrastive_losses,
+    joint_losses,
+    mapper_losses,
+    word_losses,
+)
 from attnscope.reference.pair_examining import examine_pair_retrieval, examine_pair_words
 from attnscope.reference.pairs import RECORD, Learnable, Prepared, Shape, open_prepared, prepare
 from attnscope.reference.scenes import WORLD_VERSION, Generator
@@ -107,8 +115,9 @@ RECIPES = {
     "lxmert": Recipe("lxmert", decay=200, hard_from=600, goals=_JOINT_GOALS),
     "text": Recipe("text", steps=400, decay=200),
     "simla": Recipe(
-        "simla", steps=2000, decay=300, hard_from=600, layers=simla.SIZES.layers, text_layers=simla.SIZES.text_layers
+        "simla", steps=2900, decay=400, hard_from=3300, layers=simla.SIZES.layers, text_layers=simla.SIZES.text_layers
     ),
+    "mapper": Recipe("mapper", decay=300, peak_rate=2e-3, goals={"answers_attributes": 0.98, "captions_true": 0.98}),
 }
 
 
@@ -363,9 +372,16 @@ def untold_losses(recipe: Recipe) -> frozenset[str]:
 
 def _joint_figures(learner: JointLearner, corpus: Corpus) -> dict[str, float]:
     examined = (("matching", examine_matching(learner, corpus)), ("answers", examine_answers(learner, corpus)))
-    return _word_figures(learner, corpus) | {
-        f"{prefix}_{name}": float(items.values.mean()) for prefix, found in examined for name, items in found.items()
-    }
+    return _word_figures(learner, corpus) | _means(examined)
+
+
+def _means(examined: Iterable[tuple[str, Mapping[str, Items]]]) -> dict[str, float]:
+    return {f"{part}_{name}": float(items.values.mean()) for part, found in examined for name, items in found.items()}
+
+
+def _mapper_figures(learner: Mapper, corpus: Corpus) -> dict[str, float]:
+    examined = (("captions", examine_captions(learner, corpus)), ("answers", examine_answers(learner, corpus)))
+    return _means(examined)
 
 
 def _word_figures(learner: JointLearner, corpus: Corpus) -> dict[str, float]:
@@ -406,4 +422,5 @@ LESSONS = {
     "clip": _Lessons(("images", "texts", "units"), contrastive_losses, _retrieval_figures, examine_pair_retrieval),
     "text": _Lessons(("words",), word_losses, _word_figures, examine_pair_words, images=False),
     "simla": _Lessons(simla_lessons.LOSSES, simla_lessons.simla_losses, _simla_figures, examine_pair_retrieval),
+    "mapper": _Lessons(("answers", "captions", "units"), mapper_losses, _mapper_figures),
 }

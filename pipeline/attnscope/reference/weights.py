@@ -48,7 +48,7 @@ def _write_processor(name: str, folder: Path, config: transformers.PreTrainedCon
     if name == "vilt":
         images = transformers.ViltImageProcessorPil(size={"shortest_edge": SIDE}, size_divisor=PATCH, **_PIXELS)
         transformers.ViltProcessor(images, tokenizer).save_pretrained(folder)
-    elif name in ("clip", "simla"):
+    elif name in ("clip", "simla", "mapper"):
         size = dict.fromkeys(("height", "width"), config.vision_config.image_size)
         images = transformers.CLIPImageProcessorPil(size=size, do_center_crop=False, **_PIXELS)
         transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder)

@@ -100,8 +100,9 @@ def test_a_model_loads_with_no_missing_key(name: str, head: str) -> None:
     assert loaded.tokenizer is not None
     assert loaded.tokenizer.mask_token_id == VOCABULARY.index("[MASK]")
     assert loaded.text_limit == LENGTH
-    own = next(c for c in type(loaded.model).__mro__ if hasattr(transformers, c.__name__))
-    _, loading = own.from_pretrained(carrying.path(name), output_loading_info=True, local_files_only=True)
+    _, loading = type(loaded.model).from_pretrained(  # type: ignore[attr-defined]
+        carrying.path(name), output_loading_info=True, local_files_only=True
+    )
     assert not loading["missing_keys"] and not loading["mismatched_keys"]
 
 
@@ -201,6 +202,7 @@ def test_a_model_that_there_is_not_is_refused(name: str, told: str) -> None:
         ("reference:vilt", {"joint.self"}),
         ("reference:clip", {"vision.self", "text.self"}),
         ("reference:lxmert", {"vision.self", "text.self", "text.vision", "vision.text"}),
+        ("reference:mapper", {"vision.self", "text.self", "text.vision", "vision.text"}),
     ],
 )
 def test_models_are_extracted_on_scenes(model: str, sites: set[str]) -> None:
@@ -218,7 +220,7 @@ def test_the_command_prints_a_card() -> None:
     assert json.loads(found.stdout) == carrying.card("clip")
     missing = CliRunner().invoke(main, ["reference", "card", "nobody"])
     assert missing.exit_code == 2
-    assert "unknown reference model 'nobody'; known: vilt, clip, lxmert, text" in missing.stderr
+    assert "unknown reference model 'nobody'; known: vilt, clip, lxmert, text, mapper" in missing.stderr
 
 
 @pytest.mark.slow

@@ -201,7 +201,7 @@ def test_the_momentum_copy_follows_slowly_and_the_queue_forgets_the_oldest(corpu
     with torch.no_grad():
         own += 1
     learner.follow(1)
-    torch.testing.assert_close(kept, 0.98 * before + 0.02 * own)
+    torch.testing.assert_close(kept, 0.995 * before + 0.005 * own)
     assert learner.alpha.item() == pytest.approx(0.4 / 250)
     learner.follow(10_000)
     assert learner.alpha.item() == pytest.approx(0.4)

@@ -139,7 +139,7 @@ def test_the_command_trains_examines_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["nobody"], "unknown reference model 'nobody'; known: vilt, clip, lxmert, text"),
+        (["nobody"], "unknown reference model 'nobody'; known: vilt, clip, lxmert, text, mapper"),
         (["text", "--recipe", "colour=1"], "a recipe has no 'colour'; it has clip, decay,"),
         (
             ["vilt", "--ablate-loss", "words", "--ablate-loss", "psl"],
