@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,29 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     exec(block, names)
     assert "Relevance" in str(names["html"])
     assert len(names["rec"]) == 4  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("page", ["training.md", "reference-world.md"])
+def test_commands_that_train_are_commands_with_recipes_that_can_be_followed(page: str) -> None:
+    from attnscope.cli import main, reference
+    from attnscope.reference.making import recipe_of
+
+    lines = re.findall(
+        r"^\$ attnscope (reference (?:train|table|prepare) .*?)(?:  +#.*)?$", (DOCS / page).read_text(), re.M
+    )
+    assert lines
+    for line in lines:
+        name, *arguments = shlex.split(line)[1:]
+        command = main.commands["reference"].commands[name]  # type: ignore[attr-defined]
+        given = command.make_context(name, arguments).params
+        if name == "table":
+            variants = [reference._variant(text) for text in given["variants"]]
+        else:
+            changes = dict(reference._change(text) for text in given["assignments"])
+            variants = [{"model": given.get("name") or given["model"], "changes": changes}]
+            changes |= {"samples": given.get("samples") or ""}
+        for variant in variants:
+            recipe_of(variant["model"], variant["changes"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("page", [*sorted(DOCS.glob("*.md")), ROOT / "README.md"], ids=lambda p: p.name)

@@ -30,6 +30,20 @@ def test_a_flow_trains_the_weights_that_the_library_trains(tmp_path: Path) -> No
     assert [p.step for p in told if p.stage == "training"] == [3, 6]
 
 
+def test_a_flow_trains_on_samples(tmp_path: Path) -> None:
+    from attnscope_flows.reference import train_flow
+
+    lines = [json.dumps({"text": f"text number {number} of many"}) for number in range(30)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    changes = {"batch": 8, "steps": 2, "decay": 2, "examine_every": 2, "validation_scenes": 4}
+    receipt = train_flow(
+        "text", str(tmp_path / "out"), 0, changes, samples=str(tmp_path / "texts.jsonl"), dtype="bfloat16"
+    )
+    assert receipt["digest"] == weights_digest(tmp_path / "out")
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["recipe"]["dtype"] == "bfloat16" and card["samples"]["train"] == 24
+
+
 def test_the_card_is_an_artifact(tmp_path: Path) -> None:
     from prefect.client.orchestration import get_client
 

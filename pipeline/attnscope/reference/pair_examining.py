@@ -4,41 +4,26 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from attnscope.reference.examining import Items
 from attnscope.reference.learners import Retriever, Text
 from attnscope.reference.lessons import mask_words_at_random, trimmed
 from attnscope.reference.pairs import Pairs
+from attnscope.reference.simla_examining import recalls
 
 _BATCH = 256
-_RANKS = (1, 5, 10)
 _MASK_SEED = 0
 
 
 @torch.no_grad()
 def examine_pair_retrieval(learner: Retriever, pairs: Pairs) -> dict[str, Items]:
-    """Whether each image's own text is among the first 1, 5 and 10 of all texts, and each text's image likewise.
-
-    Of equal similarities the own counts as last, so that a model that tells nothing apart finds nothing.
-    """
+    """Whether each image's own text is among the first 1, 5 and 10 of all texts, and each text's image likewise."""
     images, texts = [], []
     for at in _batches(len(pairs)):
         images.append(learner.embed_images(pairs, at)[0].cpu())
         texts.append(learner.embed_texts(trimmed(pairs.words[at])).cpu())
-    similarity = torch.cat(images) @ torch.cat(texts).T
-    numbers = np.arange(len(pairs))
-    return {
-        name if rank == 1 else f"{name}_{rank}": Items(found.numpy().astype(float), numbers)
-        for name, scores in (("image_to_text", similarity), ("text_to_image", similarity.T))
-        for rank in _RANKS
-        for found in [_place_of_own(scores) <= rank]
-    }
-
-
-def _place_of_own(scores: Tensor) -> Tensor:
-    """The place (row,) from 1 on of each row's own column among all."""
-    return (scores >= scores.diagonal()[:, None]).sum(1)
+    found = recalls((torch.cat(images) @ torch.cat(texts).T).numpy())
+    return {name: Items(hits, np.arange(len(pairs))) for name, hits in found.items()}
 
 
 @torch.no_grad()

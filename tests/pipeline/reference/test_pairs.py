@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from attnscope.reference.lessons import draw_scenes, mask_words_at_random
-from attnscope.reference.pair_examining import _place_of_own
 from attnscope.reference.pairs import Shape, left_out, open_prepared, prepare, tokenizer_of
 from attnscope.samples import SampleError
 
@@ -144,10 +143,3 @@ def test_words_are_masked_as_often_as_stated() -> None:
     assert (fate == 4).mean() == pytest.approx(0.8, abs=0.01)
     # A random word is the true one in one of 45 cases.
     assert (fate == words[asked]).mean() == pytest.approx(0.1 + 0.1 / 45, abs=0.01)
-
-
-def test_the_own_counts_as_last_among_equals() -> None:
-    import torch
-
-    scores = torch.tensor([[3.0, 1, 2], [5, 5, 0], [9, 8, 7]])
-    assert _place_of_own(scores).tolist() == [1, 2, 3]

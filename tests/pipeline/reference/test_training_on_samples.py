@@ -157,7 +157,7 @@ def gradient_of(out: Path) -> np.ndarray:
 
 
 RANKS = """
-import sys, torch
+import json, sys, torch
 from pathlib import Path
 from attnscope.reference.making import recipe_of
 from attnscope.reference.sharing import Share
@@ -167,8 +167,14 @@ number, out = int(sys.argv[1]), Path(sys.argv[2])
 meeting = f"file://{out / 'meet'}"
 torch.distributed.init_process_group("gloo", init_method=meeting, rank=number, world_size=2)
 for place in sorted(out.glob("*-*")):
-    changes = __import__("json").loads((place / "changes.json").read_text())
-    Training(recipe_of(place.name.partition("-")[0], changes), 0, place / "training", None, Share(number, 2)).advance()
+    changes = json.loads((place / "changes.json").read_text())
+    training = Training(recipe_of(place.name.partition("-")[0], changes), 0, place / "training", None, Share(number, 2))
+    training.advance()
+    # All that it keeps is the same in both.
+    for name, value in training.learner.state_dict().items():
+        parts = [torch.empty_like(value) for _ in range(2)]
+        torch.distributed.all_gather(parts, value.contiguous())
+        assert torch.equal(*parts), (place.name, name)
 torch.distributed.destroy_process_group()
 """
 
