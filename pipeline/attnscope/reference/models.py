@@ -16,15 +16,6 @@ from attnscope.reference.alignments import CONFIG_KEY, swap_scores
 from attnscope.reference.corpus import CLASSES
 from attnscope.reference.mapper import MapperForConditionalGeneration, MapperForQuestionAnswering
 
-__all__ = [
-    "AllOfLxmert",
-    "LxmertWithObjects",
-    "MapperForConditionalGeneration",
-    "MapperForQuestionAnswering",
-    "ViltForWordsAndPatches",
-    "WordsAndPatches",
-]
-
 
 @dataclass
 class WordsAndPatches(MaskedLMOutput):
@@ -106,7 +97,16 @@ class LxmertWithObjects(transformers.LxmertForPreTraining):
         return AllOfLxmert(**{**out, "object_logits": objects})
 
 
-_OURS = {c.__name__: c for c in (ViltForWordsAndPatches, LxmertWithObjects)}
+_OURS: dict[str, Any] = {
+    c.__name__: c
+    for c in (
+        ViltForWordsAndPatches,
+        LxmertWithObjects,
+        SimlaForWordsAndPatches,
+        MapperForQuestionAnswering,
+        MapperForConditionalGeneration,
+    )
+}
 
 
 def class_of(architecture: str, config: transformers.PreTrainedConfig) -> Any:

@@ -23,6 +23,8 @@ from attnscope.reference.corpus import LENGTH, VOCABULARY, Corpus, build_corpus
 from attnscope.reference.examining import examine_retrieval, examine_words, hide_everything
 from attnscope.reference.learners import Clip, JointLearner, Lxmert, Vilt
 from attnscope.reference.scenes import WORLD_VERSION
+from attnscope.reference.simla import Simla
+from attnscope.reference.simla_examining import examine_grounding, examine_ranking
 from attnscope.reference.training import RECIPES
 from attnscope.reference.weights import read_learner, unit_classifier, weights_digest
 from attnscope.samples import Sample
@@ -181,6 +183,42 @@ def test_clip_gives_what_it_learned_to_give(samples: list[Sample], corpus: Corpu
     torch.testing.assert_close(classes, units, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("head", ["matching", "words"])
+def test_simla_gives_what_it_learned_to_give(head: str, samples: list[Sample], corpus: Corpus) -> None:
+    learner = read_learner("simla")
+    assert isinstance(learner, Simla)
+    model, inputs = inputs_of(f"reference:simla:{head}", samples)
+    seen = learner.see(corpus, np.arange(12))
+    torch.testing.assert_close(inputs["pixel_values"], seen.pixels)
+    with torch.no_grad():
+        hidden = learner.encode(inputs["input_ids"], seen)
+        given = model(**inputs)
+        if head == "matching":
+            torch.testing.assert_close(given.itm_score[:, 1] - given.itm_score[:, 0], learner.match(hidden))
+            near = model(**inputs, use_itm_head=False).itm_score
+            own = learner.project(learner.look(seen.pixels)) @ learner.read(inputs["input_ids"]).T
+            torch.testing.assert_close(near, own)
+        else:
+            torch.testing.assert_close(given.logits, learner.words(hidden))
+            torch.testing.assert_close(given.patch_logits, learner.classify(hidden), atol=1e-4, rtol=1e-4)
+
+
+def test_simla_ranks_as_well_as_clip_and_grounds_phrases() -> None:
+    for way in ("image_to_text", "text_to_image"):
+        own, others = figure("simla", "test", f"matching_{way}_r1"), figure("clip", "test", way)
+        assert own["value"] >= others["value"]
+    # The second of three layers, as the paper takes the ninth of twelve.
+    card = figure("simla", "test", "grounding_box_layer2")
+    assert card["low"] > 3 * figure("simla", "test", "grounding_box_chance")["high"]
+    learner, scenes = read_learner("simla"), build_corpus("test", range(64))
+    assert isinstance(learner, Simla)
+    found = examine_grounding(learner, scenes)["box_layer2"].values.mean()
+    assert found == pytest.approx(card["value"], abs=0.1)
+    # Among fewer, more are the first.
+    ranked = examine_ranking(learner, scenes)
+    assert ranked["image_to_text_r1"].values.mean() > figure("simla", "test", "matching_image_to_text_r1")["value"]
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [
@@ -202,6 +240,7 @@ def test_a_model_that_there_is_not_is_refused(name: str, told: str) -> None:
         ("reference:vilt", {"joint.self"}),
         ("reference:clip", {"vision.self", "text.self"}),
         ("reference:lxmert", {"vision.self", "text.self", "text.vision", "vision.text"}),
+        ("reference:simla", {"vision.self", "text.self", "text.vision"}),
         ("reference:mapper", {"vision.self", "text.self", "text.vision", "vision.text"}),
     ],
 )
@@ -220,7 +259,7 @@ def test_the_command_prints_a_card() -> None:
     assert json.loads(found.stdout) == carrying.card("clip")
     missing = CliRunner().invoke(main, ["reference", "card", "nobody"])
     assert missing.exit_code == 2
-    assert "unknown reference model 'nobody'; known: vilt, clip, lxmert, text, mapper" in missing.stderr
+    assert "unknown reference model 'nobody'; known: vilt, clip, lxmert, text, simla, mapper" in missing.stderr
 
 
 @pytest.mark.slow
