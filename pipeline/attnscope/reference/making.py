@@ -50,7 +50,9 @@ def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
     Raises
     ------
     ReferenceError
-        When there is no such model, or its recipe has no such field, loss or score.
+        When there is no such model, or its recipe has no such field or loss.
+    AlignmentError
+        When there is no such score.
     """
     if name not in RECIPES:
         raise ReferenceError(f"unknown reference model {name!r}; known: {', '.join(RECIPES)}")
