@@ -46,7 +46,7 @@ from attnscope_alignment_scores.comparing import (
 from attnscope_alignment_scores.fitting import Lesson, first_parameters, fit
 from attnscope_alignment_scores.scores import ALIGNMENTS, Parameters, align, attend
 from attnscope_alignment_scores.showing import show
-from attnscope_alignment_scores.trained import read_trained
+from attnscope_alignment_scores.trained import find_tables, read_trained
 
 Fitted: TypeAlias = Mapping[tuple[str, int], tuple[Parameters, float, float]]
 """Parameters, and the loss before and after, by name of the score and layer."""
@@ -103,6 +103,8 @@ class AlignmentScores:
             raise ValueError("fractions must be one or more numbers in rising order")
         if not all(0 < fraction < 1 for fraction in self.fractions):
             raise ValueError("fractions must lie between 0 and 1: something is taken and something left")
+        if self.trained is not None:
+            find_tables(self.trained)
 
     def requires(self) -> ExtractSpec:
         return ExtractSpec(

@@ -20,6 +20,20 @@ _MEANINGS = {
 }
 
 
+def find_tables(folder: str) -> list[Path]:
+    """The tables in a folder, and in folders in it; at least one.
+
+    Raises
+    ------
+    ValueError
+        When there is none.
+    """
+    files = [file for pattern in (TABLE, f"*/{TABLE}") for file in sorted(Path(folder).glob(pattern))]
+    if not files:
+        raise ValueError(f"{folder!r} holds no {TABLE}; `attnscope reference scores --out {folder}` makes one")
+    return files
+
+
 def read_trained(folder: str, alignments: Sequence[str]) -> xr.Dataset:
     """`trained_score` and `trained_difference` (trained_figure, alignment) with Student-t intervals over seeds.
 
@@ -28,13 +42,10 @@ def read_trained(folder: str, alignments: Sequence[str]) -> xr.Dataset:
     Raises
     ------
     ValueError
-        When it holds no table that can be read.
+        When a table can't be read.
     """
-    files = [file for pattern in (TABLE, f"*/{TABLE}") for file in sorted(Path(folder).glob(pattern))]
-    if not files:
-        raise ValueError(f"{folder!r} holds no {TABLE}; `attnscope reference scores --out {folder}` makes one")
     try:
-        tables = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        tables = [json.loads(file.read_text(encoding="utf-8")) for file in find_tables(folder)]
         return _labelled(tables, alignments)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"a table of trained scores in {folder!r} can't be read: {error!r}") from None

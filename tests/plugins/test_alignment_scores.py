@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 
 from attnscope import ExtractSpec, analyse, extract
-from attnscope.analysis import make_analyser
+from attnscope.analysis import AnalyserError, make_analyser
 from attnscope.conditions import Ranking
 from attnscope.perturbing import ranking_values
 from attnscope.run import MissingQuantity
@@ -513,8 +513,8 @@ def test_what_trained_models_reach_fills_its_place(known_run, tmp_path: Path) ->
 
 def test_a_folder_without_tables_of_trained_scores_is_refused(known_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     run = known_run(1, sites=("text.self",)).run
-    with pytest.raises(ValueError, match=r"holds no scores\.json; `attnscope reference scores --out"):
-        analyse(run, dataclasses.replace(QUICK, trained=str(tmp_path)), save=False)
+    with pytest.raises(AnalyserError, match=r"holds no scores\.json; `attnscope reference scores --out"):
+        make_analyser("alignment_scores", {"trained": str(tmp_path)})
     (tmp_path / "scores.json").write_text('{"setting": "scan"}')
     with pytest.raises(ValueError, match="can't be read: KeyError"):
         analyse(run, dataclasses.replace(QUICK, trained=str(tmp_path)), save=False)

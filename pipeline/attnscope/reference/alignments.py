@@ -22,6 +22,10 @@ OWN = "scaled_dot"
 """The score of a model whose recipe names none."""
 
 
+class AlignmentError(ValueError):
+    """A score that attention can't have; the message is one sentence."""
+
+
 @dataclass(frozen=True)
 class Alignment:
     """One score of a query q and a key k.
@@ -163,7 +167,7 @@ def swap_scores(model: nn.Module, alignment: str) -> None:
 
     Raises
     ------
-    ValueError
+    AlignmentError
         When there is no such score, or the model has no attention whose score can be another.
     """
     check_alignment(alignment)
@@ -174,15 +178,16 @@ def swap_scores(model: nn.Module, alignment: str) -> None:
         if type(child) in (Score, *_SCORED)
     ]
     if not places:
-        raise ValueError(f"{type(model).__name__} has no attention whose score can be another")
+        raise AlignmentError(f"{type(model).__name__} has no attention whose score can be another")
     for parent, name, child in places:
         setattr(parent, name, _swapped(child, alignment))
 
 
 def check_alignment(alignment: str) -> None:
-    """Raise ValueError for a score that there is not."""
+    """Raise AlignmentError for a score that there is not."""
     if alignment not in list(ALIGNMENTS):
-        raise ValueError(f"no attention is trained with score {alignment!r}; the scores are {', '.join(ALIGNMENTS)}")
+        known = ", ".join(ALIGNMENTS)
+        raise AlignmentError(f"no attention is trained with score {alignment!r}; the scores are {known}")
 
 
 def _swapped(child: nn.Module, alignment: str) -> nn.Module:

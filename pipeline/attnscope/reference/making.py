@@ -64,7 +64,9 @@ def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
     Raises
     ------
     ReferenceError
-        When there is no such model, its recipe has no such field, loss or score, no loss is left, or a value can't be.
+        When there is no such model, its recipe has no such field or loss, no loss is left, or a value can't be.
+    AlignmentError
+        When there is no such score.
     """
     if name not in RECIPES:
         raise ReferenceError(f"unknown reference model {name!r}; known: {', '.join(RECIPES)}")

@@ -22,7 +22,7 @@ from attnscope.families.weights import projections
 from attnscope.loading import ModelError, load_model
 from attnscope.quantities import ExtractSpec
 from attnscope.reference import making, read_reference
-from attnscope.reference.alignments import ALIGNMENTS, CONFIG_KEY, Score, swap_scores
+from attnscope.reference.alignments import ALIGNMENTS, CONFIG_KEY, AlignmentError, Score, swap_scores
 from attnscope.reference.corpus import Corpus, build_corpus
 from attnscope.reference.kinds import LEARNERS, build_learner
 from attnscope.reference.learners import JointLearner
@@ -260,11 +260,11 @@ def test_a_score_that_there_is_not_is_refused_in_one_sentence(tmp_path: Path) ->
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
     with pytest.raises(ModelError, match="has no attention whose score can be another"):
         load_model(str(tmp_path))
-    with pytest.raises(ValueError, match="no attention is trained with score 'maxout'"):
+    with pytest.raises(AlignmentError, match="no attention is trained with score 'maxout'"):
         recipe_of("vilt", {"alignment": "maxout"})
     with pytest.raises(ReferenceError, match="clip has its own score in its attention; vilt, lxmert, scan, answering"):
         recipe_of("clip", {"alignment": "dot"})
-    with pytest.raises(ValueError, match="Linear has no attention whose score can be another"):
+    with pytest.raises(AlignmentError, match="Linear has no attention whose score can be another"):
         swap_scores(torch.nn.Linear(2, 2), "dot")
 
 
