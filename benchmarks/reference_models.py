@@ -109,6 +109,14 @@ def ablation() -> Iterator[str]:
                     yield f"  {name}: {told(result, name, **place)}"
         if "asymmetry" in result:
             yield f"  asymmetry: {told(result, 'asymmetry')}"
+    words: Options = {"language": "answer", "operators": ["mean", "zero", "other"], "target": "masked"}
+    for model in ("reference:vilt:words", "reference:lxmert"):
+        wanted = {"modality_ablation": words}
+        (result,) = analysed(model, "reference:test:masked:80", wanted, target="masked")
+        for operator in result.operator.values:
+            place = {"operator": operator, "level": ["none", "all"]}
+            yield f"{model} one masked colour or shape, {operator}: {told(result.isel(direction=0), 'loss', **place)}"
+            yield f"  influence {told(result.isel(direction=0), 'influence', operator=operator, level='all')}"
 
 
 def alignment() -> Iterator[str]:

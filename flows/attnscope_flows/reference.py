@@ -67,7 +67,7 @@ def train_flow(
     """Train a reference model, on generated scenes or on samples, and examine it.
 
     Args:
-        model: One of vilt, clip, lxmert, text, simla, mapper.
+        model: One of vilt, clip, lxmert, text, simla, mapper, scan, answering, painter.
         out: Folder for the model; what was begun there with the same recipe and seed is finished.
         seed: Seed of the weights and of the lessons.
         changes: Fields of the recipe with other values.

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoToke
 
 from attnscope.families import ModelFamily, find_family
 from attnscope.reference import carrying, models
+from attnscope.reference.alignments import CONFIG_KEY
 
 EMBEDDED_PREFIX = "embedded:"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -257,7 +258,7 @@ def _weights(
     trust: bool,
 ) -> torch.nn.Module:
     architectures = getattr(config, "architectures", None) or [""]
-    cls = _class(architectures[0], ours=name.startswith(carrying.PREFIX))
+    cls = models.class_of(architectures[0], config)
     options: dict[str, object] = {"use_safetensors": True, "revision": revision, "dtype": dtype or "auto"}
     if cls is transformers.AutoModel:
         options["trust_remote_code"] = trust
@@ -265,8 +266,8 @@ def _weights(
         options["attn_implementation"] = attn_implementation
     try:
         # Each of ViLT's heads loads from one file with all of them, which needs no telling.
-        with _without_progress_bars(), _without_notes(name.startswith(carrying.PREFIX)), _drawn_alike():
-            return cls.from_pretrained(source, **options)  # type: ignore[attr-defined]
+        with _without_progress_bars(), _without_notes(_is_ours(name, config)), _drawn_alike():
+            return cls.from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(f"model {name!r} can't be loaded: {_first(error)}") from None
     except Exception as error:  # safetensors raises an exception class of its own, straight from Exception
@@ -283,10 +284,8 @@ def _drawn_alike() -> Iterator[None]:
         yield
 
 
-def _class(architecture: str, *, ours: bool) -> type:
-    if ours and hasattr(models, architecture):
-        return getattr(models, architecture)
-    return getattr(transformers, architecture, transformers.AutoModel)
+def _is_ours(name: str, config: PreTrainedConfig) -> bool:
+    return name.startswith(carrying.PREFIX) or hasattr(config, CONFIG_KEY)
 
 
 @contextmanager

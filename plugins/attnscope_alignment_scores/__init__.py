@@ -46,6 +46,7 @@ from attnscope_alignment_scores.comparing import (
 from attnscope_alignment_scores.fitting import Lesson, first_parameters, fit
 from attnscope_alignment_scores.scores import ALIGNMENTS, Parameters, align, attend
 from attnscope_alignment_scores.showing import show
+from attnscope_alignment_scores.trained import read_trained
 
 Fitted: TypeAlias = Mapping[tuple[str, int], tuple[Parameters, float, float]]
 """Parameters, and the loss before and after, by name of the score and layer."""
@@ -68,7 +69,8 @@ class AlignmentScores:
     pairs of keys Kendall's tau is taken over; `top` how many keys are the strongest; `fractions` what deletion and
     insertion take. A token belongs to a region that covers the share `inside` of it; regions of more than the share
     `largest` of the tokens are ground. `keep_received` keeps how much attention every token gets, sample by sample:
-    `received_<score>` (site, sample, token), which grows with their number.
+    `received_<score>` (site, sample, token), which grows with their number. `trained` is a folder of tables that
+    `attnscope reference scores` made: what models reach whose attention was trained with each score.
     """
 
     name: ClassVar[str] = "alignment_scores"
@@ -88,6 +90,7 @@ class AlignmentScores:
     inside: float = 0.5
     largest: float = 0.5
     keep_received: bool = False
+    trained: str | None = None
     draws: int = 200
     seed: int = 0
 
@@ -119,7 +122,7 @@ class AlignmentScores:
         fitted = {site: self._fit(run, site, training) for site in sites}
         blocks = (self._block(run, block, fitted, evaluated) for block in run.blocks())
         losses = join_sites({site: self._losses(run, site, fitted[site]) for site in sites})
-        return self._finished(blocks, losses).assign_attrs(
+        return self._finished(blocks, losses.merge(self._trained())).assign_attrs(
             interval="95 % bootstrap over samples",
             samples_trained_on=len(training),
             samples_evaluated=len(evaluated),
@@ -133,7 +136,8 @@ class AlignmentScores:
         def passing() -> Iterator[xr.Dataset]:
             for part in parts:
                 if not first:
-                    first.append(part[list(_ONCE)].assign_attrs(part.attrs))
+                    once = [name for name in part if str(name).startswith(_ONCE)]
+                    first.append(part[once].assign_attrs(part.attrs))
                 yield part[[*sums_in(part), *_received_in(part)]]
 
         tallies = passing()
@@ -216,11 +220,18 @@ class AlignmentScores:
         for (name, layer), (_, before, after) in fitted.items():
             values[:, self.alignments.index(name), layers.index(layer)] = before, after
         dims = ("alignment", "layer")
-        found = {n: xr.Variable(dims, v, _describe(n)) for n, v in zip(_ONCE, values, strict=False)}
-        found["trained_score"] = xr.Variable(
-            "alignment", np.full(len(self.alignments), np.nan), _describe("trained_score")
-        )
+        found = {
+            f"fit_loss_{n}": xr.Variable(dims, v, _describe(f"fit_loss_{n}"))
+            for n, v in zip(("before", "after"), values, strict=True)
+        }
         return xr.Dataset(found, {"alignment": np.array(self.alignments, object), "layer": layers})
+
+    def _trained(self) -> xr.Dataset:
+        """What trained models reach, from their tables; a place for it where none is named."""
+        if self.trained is not None:
+            return read_trained(self.trained, self.alignments)
+        nothing = xr.Variable("alignment", np.full(len(self.alignments), np.nan), _describe("trained_score"))
+        return xr.Dataset({"trained_score": nothing}, {"alignment": np.array(self.alignments, object)})
 
     # -- what is measured -------------------------------------------------------------------------------------------
 
@@ -471,7 +482,8 @@ class _Scored:
 
 
 _RECEIVED = "received_"
-_ONCE = ("fit_loss_before", "fit_loss_after", "trained_score")
+# How the names begin of what is the same for every part of a run.
+_ONCE = ("fit_loss_", "trained_")
 _MEANINGS = {
     "divergence": ("Jensen-Shannon divergence from the model's own attention, mean over heads and rows", "nat"),
     "rank_agreement": ("Kendall's tau-b of the scores with the model's own attention, mean over heads and rows", "1"),

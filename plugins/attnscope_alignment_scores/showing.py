@@ -7,6 +7,7 @@ import xarray as xr
 
 from attnscope.report import Citation, Element, Heading, HeatMap, LineChart, Note, Paragraph, Series, Table
 from attnscope_alignment_scores.scores import ALIGNMENTS
+from attnscope_alignment_scores.trained import FIGURE
 
 # As many as can be told apart in one chart.
 _IN_CURVES = ("model", "dot", "cosine", "relu_qwk", "additive", "random")
@@ -45,8 +46,11 @@ def show(result: xr.Dataset) -> Iterator[Element]:
     if result["trained_score"].isnull().all():
         yield Note(
             "What a model reaches that is trained with each score in its attention, the question of the paper's tables,"
-            " is not measured in this run; the result keeps a place for it (trained_score)."
+            " is not measured in this run; the result keeps a place for it (trained_score), and option trained=FOLDER"
+            " fills it from a table of `attnscope reference scores`."
         )
+    else:
+        yield from _trained_elements(result)
 
 
 def _site_elements(site: str, result: xr.Dataset) -> Iterator[Element]:
@@ -133,6 +137,38 @@ def _region_elements(result: xr.Dataset, names: list[str]) -> Iterator[Element]:
 
 
 _CLS = " The class token asks of all regions together."
+
+
+def _trained_elements(result: xr.Dataset) -> Iterator[Element]:
+    """What models reach that were trained with each score, a table per setting."""
+    figures = [str(name) for name in result[FIGURE].values]
+    for setting in dict.fromkeys(name.partition("/")[0] for name in figures):
+        yield Heading(f"Trained with each score: {setting}")
+        chosen = result.sel({FIGURE: [name for name in figures if name.startswith(f"{setting}/")]})
+        chosen = chosen.dropna("alignment", how="all", subset=["trained_score"])
+        names = [str(name) for name in chosen["alignment"].values]
+        titles = [str(name).partition("/")[2].replace("_", " ") for name in chosen[FIGURE].values]
+        for part, caption in _TRAINED.items():
+            rows = [
+                (n, *(_with_verdict(chosen.sel({"alignment": n, FIGURE: f}), part) for f in chosen[FIGURE].values))
+                for n in names
+            ]
+            yield Table(["score", *titles], rows, caption.format(int(chosen["trained_seeds"].max())))
+
+
+_TRAINED = {
+    "trained_score": "What models trained with each score reach on scenes that they never saw: mean over {} seeds and"
+    " its 95 % interval (Student's t).",
+    "trained_difference": "Less what the scaled dot product of the same seed reaches. Noise: the interval holds 0; none"
+    " is widened for the number of comparisons.",
+}
+
+
+def _with_verdict(result: xr.Dataset, name: str) -> str:
+    """The figure with its interval; a difference with what it says."""
+    words = _with_interval(result, name)
+    low, high = (float(result[f"{name}_{end}"]) for end in ("low", "high"))
+    return f"{words}, noise" if name == "trained_difference" and low <= 0 <= high else words
 
 
 def _with_interval(result: xr.Dataset, name: str) -> str:

@@ -1,6 +1,7 @@
 """What a model writes behind its prompt is recorded as it was when it wrote it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from attnscope.compatibility import EXAMPLES
 from attnscope.compatibility.examples import widened
 from attnscope.extraction import Extraction, extract, join_extraction
+from attnscope.families.losses import word_logits
 from attnscope.loading import ModelError, load_model
 from attnscope.quantities import ExtractSpec
 from attnscope.recording import recording
@@ -96,6 +98,15 @@ def test_rows_of_written_tokens_are_those_of_the_steps_that_wrote_the_next(
             for place, row in zip(places, found, strict=False):
                 stored = attention[layer, :, place - 1, : row.shape[-1]]
                 np.testing.assert_allclose(stored, row, atol=5e-6)
+
+
+@pytest.mark.parametrize(("name", "start"), [("GitForCausalLM", 3), ("ViltForMaskedLM", 0)])
+def test_logits_of_words_stand_behind_the_image_where_it_is_read_first(name: str, start: int) -> None:
+    """Seven tokens, four of them the text's: GIT reads its image before the text, ViLT behind it."""
+    loaded = SimpleNamespace(model=type(name, (), {})(), name=name)
+    logits = torch.arange(42.0).reshape(2, 7, 3)
+    found = word_logits(SimpleNamespace(logits=logits), 4, loaded)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found, logits[:, start : start + 4])
 
 
 def test_ready_inputs_are_taken_as_they_are() -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -457,3 +459,62 @@ def test_on_real_weights_the_scaled_dot_is_the_models_own() -> None:
     result = analyse(run, analyser, save=False).sel(site="text.self")
     np.testing.assert_allclose(result["divergence"].sel(alignment="scaled_dot"), 0, atol=1e-4)
     assert (result["mean_deletion_over_random_low"].sel(alignment="model") > 0).all()
+
+
+def trained_table(folder: Path, setting: str, seeds: int = 3) -> None:
+    """A table of two figures of two scores, as `attnscope reference scores` writes it."""
+
+    def of(mean: float, half: float | None) -> dict[str, float | None]:
+        low, high = (None, None) if half is None else (mean - half, mean + half)
+        return {"mean": mean, "low": low, "high": high, "seeds": seeds}
+
+    rows = [
+        {"variant": "scaled_dot", "figure": "quality", "value": of(0.5, 0.1), "difference": None, "verdict": ""},
+        {
+            "variant": "cosine",
+            "figure": "quality",
+            "value": of(0.8, 0.2),
+            "difference": of(0.3, 0.1),
+            "verdict": "apart",
+        },
+        {
+            "variant": "cosine",
+            "figure": "mass",
+            "value": of(0.4, 0.1),
+            "difference": of(-0.01, 0.1),
+            "verdict": "noise",
+        },
+    ]
+    folder.mkdir(parents=True)
+    table = {"setting": setting, "seeds": list(range(seeds)), "figures": ["quality", "mass"], "rows": rows}
+    (folder / "scores.json").write_text(json.dumps(table))
+
+
+def test_what_trained_models_reach_fills_its_place(known_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for setting in ("answers", "search"):
+        trained_table(tmp_path / setting, setting)
+    run = known_run(4, sites=("text.self",)).run
+    names = ("model", "scaled_dot", "cosine", "random")
+    analyser = dataclasses.replace(QUICK, alignments=names, trained=str(tmp_path))
+    result = analyse(run, analyser, save=False)
+    of = {"trained_figure": "search/quality"}
+    np.testing.assert_allclose(result["trained_score"].sel(of), [np.nan, 0.5, 0.8, np.nan])
+    np.testing.assert_allclose(result["trained_score_high"].sel(of | {"alignment": "cosine"}), 1.0)
+    np.testing.assert_allclose(result["trained_difference"].sel(of), [np.nan, np.nan, 0.3, np.nan])
+    assert result["trained_score"].sel(trained_figure="answers/mass", alignment="scaled_dot").isnull()
+    html = "".join(element.html() for element in analyser.report(result))
+    for words in ("Trained with each score: answers", "0.800 (0.600 to 1.000)", "0.300 (0.200 to 0.400)<", "3 seeds",
+                  "-0.010 (-0.110 to 0.090), noise"):  # fmt: skip
+        assert words in html
+    assert "keeps a place" not in html
+    parts = analyser.combine([analyser.analyse(run.part(range(a, b))) for a, b in ((0, 2), (2, 4))])
+    xr.testing.assert_identical(parts["trained_score"], result["trained_score"])
+
+
+def test_a_folder_without_tables_of_trained_scores_is_refused(known_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run = known_run(1, sites=("text.self",)).run
+    with pytest.raises(ValueError, match=r"holds no scores\.json; `attnscope reference scores --out"):
+        analyse(run, dataclasses.replace(QUICK, trained=str(tmp_path)), save=False)
+    (tmp_path / "scores.json").write_text('{"setting": "scan"}')
+    with pytest.raises(ValueError, match="can't be read: KeyError"):
+        analyse(run, dataclasses.replace(QUICK, trained=str(tmp_path)), save=False)

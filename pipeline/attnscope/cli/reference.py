@@ -42,6 +42,7 @@ def reference() -> None:
 @click.option("--device", help="cpu or cuda.")
 @click.option("--dtype", help="float32, or bfloat16 for most of a step; weights stay float32.")
 @click.option("--processes", type=click.IntRange(min=1), help="Processes that share each batch; on cuda a device each.")
+@click.option("--alignment", metavar="SCORE", help="Another score in its attention: dot, cosine, general_qwk, ...")
 @engine_option
 def train(
     name: str,
@@ -54,9 +55,10 @@ def train(
     device: str | None,
     dtype: str | None,
     processes: int | None,
+    alignment: str | None,
     engine: str | None,
 ) -> None:
-    """Train the model NAME (vilt, clip, lxmert, text, simla or mapper) from its recipe.
+    """Train the model NAME from its recipe: vilt, clip, lxmert, text, simla, mapper, scan, answering or painter.
 
     The same command again finishes what was cut short. The same recipe and seed give the same weights.
     """
@@ -65,7 +67,9 @@ def train(
     changes |= {field: value for field, value in named.items() if value is not None}
     if without:
         changes["without"] = list(without)
-    folder = out or f"reference-{name}-{seed}"
+    if alignment:
+        changes["alignment"] = alignment
+    folder = out or "-".join(["reference", name, *([alignment] if alignment else []), str(seed)])
     done = _train(name, folder, seed, changes, scenes, engine or default_engine())
     for note in done["notes"]:  # type: ignore[union-attr]
         click.echo(f"note:    {note}")
@@ -77,18 +81,22 @@ def train(
 @reference.command()
 @click.argument("samples")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the prepared samples.")
-@click.option("--model", default="clip", show_default=True, help="What shall learn from them.")
-@click.option("--recipe", "assignments", multiple=True, metavar="FIELD=VALUE", help="As when training; repeatable.")
-def prepare(samples: str, out: str, model: str, assignments: Sequence[str]) -> None:
+@click.option("--side", default=48, show_default=True, type=click.IntRange(min=0), help="Pixels; 0 for texts alone.")
+@click.option("--length", default=40, show_default=True, type=click.IntRange(min=3), help="Most tokens of a text.")
+@click.option("--tokenizer", default="words", show_default=True, help="words, or wordpiece.")
+@click.option("--vocabulary", default=8000, show_default=True, type=click.IntRange(min=6), help="Most entries.")
+@click.option(
+    "--held-out", default=256, show_default=True, type=click.IntRange(min=1), help="For goals, and again for the card."
+)
+def prepare(samples: str, out: str, side: int, length: int, tokenizer: str, vocabulary: int, held_out: int) -> None:
     """Scale the images of SAMPLES and number the words of their texts, once for many trainings.
 
-    The folder can be named as the --samples of trainings with the same side, length, tokenizer, vocabulary and
-    validation_scenes.
+    The folder can be named as the --samples of trainings, which then have its side, length and vocabulary.
     """
     from attnscope.reference import making
+    from attnscope.reference.pairs import Shape
 
-    changes = dict(_change(assignment) for assignment in assignments) | {"samples": samples}
-    done = making.prepare(making.recipe_of(model, changes), out, _tell)
+    done = making.prepare(samples, out, Shape(side, length, tokenizer, vocabulary, held_out), _tell)
     for note in done["notes"]:  # type: ignore[union-attr]
         click.echo(f"note:    {note}")
     click.echo(f"samples: {out} ({done['samples']} usable)")
@@ -173,6 +181,29 @@ def card(name: str, form: str) -> None:
     click.echo(json.dumps(found, indent=2) if form == "json" else card_page(found))
 
 
+@reference.command()
+@click.option("--setting", "settings", multiple=True, required=True, help="vilt, lxmert, scan, answering or painter.")
+@click.option("--alignment", "alignments", multiple=True, metavar="SCORE", help="Only this score; repeatable.")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="How many, from 0 on.")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for models and tables.")
+@click.option("--recipe", "assignments", multiple=True, metavar="FIELD=VALUE", help="As for train; repeatable.")
+def scores(
+    settings: Sequence[str], alignments: Sequence[str], seeds: int, out: str, assignments: Sequence[str]
+) -> None:
+    """Train each alignment score with several seeds, and tabulate task quality beside what attention shows.
+
+    Every setting has a folder of its own in OUT, with its models, table.csv, table.json and page.md. The same command
+    again trains and measures only what is missing. Differences are those from the scaled dot product of the same seed.
+    """
+    from attnscope.reference.score_tables import tabulate_scores
+
+    changes = dict(_change(assignment) for assignment in assignments)
+    for setting in settings:
+        folder = f"{out}/{setting}"
+        tabulate_scores(setting, alignments, range(seeds), folder, changes=changes, listener=_tell)
+        click.echo(f"{setting}:   {folder}/page.md, and the whole table as table.csv and table.json")
+
+
 def _change(assignment: str) -> "tuple[str, JsonValue]":
     field, equals, text = assignment.partition("=")
     if not equals or not field.strip():
@@ -213,5 +244,15 @@ def _tell(progress: "TrainingProgress") -> None:
     click.echo(", ".join(parts), err=True)
 
 
-_TOLD = ("words_colour", "words_shape", "matching_balanced", "answers_attributes", "image_to_text", "text_to_image")
+_TOLD = (
+    "words_colour",
+    "words_shape",
+    "matching_balanced",
+    "answers_attributes",
+    "image_to_text",
+    "text_to_image",
+    "image_to_text_at_1",
+    "text_to_image_at_1",
+    "pixel_error",
+)
 COMMANDS = (reference,)

@@ -1,7 +1,7 @@
 """Query and key projections of an attention module, whatever it calls them."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,12 +21,22 @@ _PAIRS = (
 _FUSED = ("qkv", "query_key_value", "qkv_proj", "Wqkv", "c_attn", "in_proj")
 
 
+@runtime_checkable
+class Folding(Protocol):
+    """A module between the projections of query and key and their product."""
+
+    def fold(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The projections, as `projections` names them, with what this module does to them."""
+
+
 def projections(model: "torch.nn.Module", module: str, site: "SitePlan") -> dict[str, np.ndarray] | None:
     """Projections of one layer by head: `query` (head, channel, feature), `key` (kv_head, channel, feature), biases.
 
-    None where the module has no such projections, or they don't have the site's sizes.
+    What a module puts between projection and product, as a matrix of its own (`fold`), is part of them. None where the
+    module has no such projections, or they don't have the site's sizes.
     """
-    found = _query_key(_owner(model, module), site)
+    owner = _owner(model, module)
+    found = _query_key(owner, site)
     if found is None:
         return None
     arrays = {}
@@ -37,6 +47,9 @@ def projections(model: "torch.nn.Module", module: str, site: "SitePlan") -> dict
         arrays[name] = by_head.detach().float().cpu().numpy()
         flat = np.zeros(by_head.shape[:2], np.float32) if bias is None else bias.detach().float().cpu().numpy()
         arrays[f"{name}_bias"] = flat.reshape(by_head.shape[:2])
+    for part in owner.children():
+        if isinstance(part, Folding):
+            arrays = part.fold(arrays)
     return arrays if arrays["query"].shape[1] == arrays["key"].shape[1] else None
 
 

@@ -19,6 +19,11 @@ _ABOUT = {
     " al. 2023) in small, as far as its abstract says what that is.",
     "text": "Captions alone (BERT, masked words): a control that never saw an image, so that its figures are the prior"
     " of the language.",
+    "scan": "Words that attend to nine regions of an image, which gives the likeness of text and image (SCAN in small,"
+    " text to image).",
+    "answering": "Words of a question that attend to nine regions of an image, and an answer from their mean.",
+    "painter": "Pixels that attend to the words of a caption and are coloured by what they attended to (AttnGAN's"
+    " attention in small, supervised).",
 }
 _NOTES = {
     "vilt": "Each figure of masked words masks one word that the picture and the rest of its phrase determine."
@@ -41,6 +46,18 @@ _NOTES = {
     " the scene has their colour and shape, and their size where they name one; 'phrases' counts each by itself.",
     "text": "Captions of normal scenes name no colour and no shape twice, which the words give away.",
 }
+_ATTENTION = (
+    "'attention' figures: see `attnscope.reference.inspecting`; deletion and insertion are changes of the model's score"
+    " (%s) when units are taken away in the order of attention."
+)
+_NOTES |= {
+    "scan": "Retrieval is among 256 scenes, some of which may share a caption. "
+    + _ATTENTION % "the mean cosine of the phrase's words",
+    "answering": "'attributes' are the questions for a colour, a shape, and whether something is there. "
+    + _ATTENTION % "the chance of the right answer",
+    "painter": "Colours and shapes are told by a fixed judge, the carried CLIP's classes of patches; 'judge' figures"
+    " are its own on the true pictures. " + _ATTENTION % "the judge's chance of the right colour and shape",
+}
 _NOTES["lxmert"] = (
     _NOTES["vilt"]
     .replace("patches that show anything", "regions that show most")
@@ -58,7 +75,8 @@ def card_page(card: Mapping[str, Any]) -> str:
         "",
         _ABOUT[name],
         "",
-        f"{card['parameters']:,} parameters, trained by `attnscope reference train {name} --seed {card['seed']}`:"
+        f"{card['parameters']:,} parameters, trained by `attnscope reference train {name}{_score(recipe)}"
+        f" --seed {card['seed']}`:"
         f" {recipe['scenes']:,} generated scenes (world version {card['world_version']}), {card['steps']:,} steps"
         f" (the rate fell from step {card['decay_from']:,}), {card['processor_seconds']} s of processor time in one"
         f" thread, torch {card['versions']['torch']}, transformers {card['versions']['transformers']}.",
@@ -114,6 +132,10 @@ _PAIR_NOTES = {
     " of all of these samples', by the similarity of the two encoders' vectors.",
     "text": "15 % of the words are masked; 'words' says how many of them are told.",
 }
+
+
+def _score(recipe: Mapping[str, Any]) -> str:
+    return f" --alignment {recipe['alignment']}" if recipe.get("alignment") else ""
 
 
 def _table(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Sequence[str]:

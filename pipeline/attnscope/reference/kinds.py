@@ -1,14 +1,17 @@
 """Which learner and which configuration each kind of reference model has."""
 
 from collections.abc import Callable
+from functools import partial
 
 from transformers import PreTrainedConfig
 
+from attnscope.reference.alignments import swap_scores
 from attnscope.reference.learners import (
     Clip,
     Learner,
     Lxmert,
     Mapper,
+    Sizes,
     Text,
     Vilt,
     clip_config,
@@ -17,6 +20,7 @@ from attnscope.reference.learners import (
     text_config,
     vilt_config,
 )
+from attnscope.reference.settings import SETTINGS, setting_config
 from attnscope.reference.simla import Simla, simla_config
 
 LEARNERS: dict[str, type[Learner]] = {
@@ -26,6 +30,7 @@ LEARNERS: dict[str, type[Learner]] = {
     "text": Text,
     "simla": Simla,
     "mapper": Mapper,
+    **SETTINGS,
 }
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "vilt": vilt_config,
@@ -34,4 +39,17 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "text": text_config,
     "simla": simla_config,
     "mapper": mapper_config,
+    **{name: partial(setting_config, name) for name in SETTINGS},
 }
+
+
+def build_learner(name: str, alignment: str = "", sizes: Sizes | None = None) -> Learner:
+    """A new learner of these sizes (or its own), its attention with another score where one is named."""
+    return with_score(LEARNERS[name]() if sizes is None else LEARNERS[name].of(sizes), alignment)
+
+
+def with_score(learner: Learner, alignment: str) -> Learner:
+    """The learner, its attention with another score where one is named."""
+    if alignment:
+        swap_scores(learner, alignment)
+    return learner

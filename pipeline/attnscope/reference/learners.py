@@ -8,7 +8,7 @@ last hidden states. Whatever a learner's modules are called is what its weights 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -51,10 +51,14 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a model gets of images: pixels (sample, colour, row, column), or region features and boxes."""
+    """What a model gets of images: pixels (sample, colour, row, column), or region features and boxes.
+
+    Nothing attends to regions that are `gone`, (sample, region) bool.
+    """
 
     pixels: Tensor
     boxes: Tensor | None = None
+    gone: Tensor | None = None
 
 
 class Learner(nn.Module):
@@ -88,6 +92,9 @@ class Learner(nn.Module):
 
 class JointLearner(Learner):
     """A model that reads image and text together, or text alone, and then has no more than words."""
+
+    units: Literal["patches", "regions"] = "patches"
+    """What it sees of an image."""
 
     def see(self, corpus: Corpus, scenes: np.ndarray) -> Seen:
         """The image inputs of scenes."""
@@ -262,6 +269,8 @@ class Vilt(JointLearner):
 
 class Lxmert(JointLearner):
     """LXMERT, which has all heads itself; the classes of its objects are the world's."""
+
+    units = "regions"
 
     def __init__(self) -> None:
         super().__init__()

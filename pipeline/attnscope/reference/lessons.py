@@ -24,7 +24,7 @@ _ATTRIBUTE_ROLES = (ROLES.index("colour"), ROLES.index("shape"))
 _ROLE_WEIGHTS = dict(zip(ROLES, (0.0, 1.0, 1.0, 0.5, 1.5, 1.0, 0.5), strict=True))
 _NEGATIVE_WEIGHTS = dict(zip((*NEGATIVES, "other"), (0.4, 0.2, 0.2, 0.1, 0.1), strict=True))
 _QUESTION_WEIGHTS = dict(zip(QUESTIONS, (0.25, 0.25, 0.25, 0.1, 0.075, 0.075), strict=True))
-_UNIT_WEIGHT, _GROUND_WEIGHT = 0.5, 0.05
+UNIT_WEIGHT, _GROUND_WEIGHT = 0.5, 0.05
 _CONTRAST = 128
 # How many scenes of a batch the mapper is asked about, and how many it describes.
 _ASKED, _DESCRIBED = 64, 64
@@ -185,7 +185,7 @@ def joint_losses(
     said, matched, looked, questioned = np.split(scenes, np.cumsum([_WORDS, _MATCH, _UNITS]))
     asked = _mask_both_ways(Texts.of(corpus, said), rng)
     right, wrong = match_texts(corpus, matched, rng)
-    kinds = _question_kinds(corpus, questioned, rng)
+    kinds = question_kinds(corpus, questioned, rng)
     texts = [
         asked.shown,
         right,
@@ -213,8 +213,8 @@ def joint_losses(
             learner.match(hidden)[_WORDS : _WORDS + 2 * _MATCH], fits
         ),
         "answers": nn.functional.cross_entropy(learner.answer(hidden)[-_ANSWERS:], answers),
-        "hidden_units": _UNIT_WEIGHT * nn.functional.cross_entropy(unit_logits[asks], truth[asks]),
-        "units": _UNIT_WEIGHT * _unit_loss(unit_logits[~hides], truth[~hides]),
+        "hidden_units": UNIT_WEIGHT * nn.functional.cross_entropy(unit_logits[asks], truth[asks]),
+        "units": UNIT_WEIGHT * unit_loss(unit_logits[~hides], truth[~hides]),
     }
 
 
@@ -270,7 +270,7 @@ def mapper_losses(learner: Mapper, corpus: Corpus, rng: Generator, hard_share: f
     """Answers to questions, captions of other scenes word by word behind the true words, and patch classes."""
     scenes = draw_scenes(corpus, _ASKED + _DESCRIBED, rng, hard_share)
     asked, described = np.split(scenes, [_ASKED])
-    kinds = _question_kinds(corpus, asked, rng)
+    kinds = question_kinds(corpus, asked, rng)
     prompts = learner.prompts(_DESCRIBED).numpy()
     prompts = np.pad(prompts, ((0, 0), (0, corpus.questions.shape[-1] - prompts.shape[1])))
     texts = trimmed(np.concatenate([corpus.questions[asked, kinds], prompts]))
@@ -282,20 +282,20 @@ def mapper_losses(learner: Mapper, corpus: Corpus, rng: Generator, hard_share: f
     return {
         "answers": nn.functional.cross_entropy(learner.answer(hidden)[:_ASKED], answers),
         "captions": nn.functional.cross_entropy(said.flatten(0, 1), captions[:, 1:].flatten(), ignore_index=PAD),
-        "units": _UNIT_WEIGHT * _unit_loss(learner.classify(hidden).flatten(0, 1), classes.flatten()),
+        "units": UNIT_WEIGHT * unit_loss(learner.classify(hidden).flatten(0, 1), classes.flatten()),
     }
 
 
 def units_of(learner: JointLearner, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
     """Class and thing of each unit (scene, unit) that the learner sees: patches, or regions."""
-    if hasattr(learner, "lxmert"):
+    if learner.units == "regions":
         return corpus.regions, corpus.region_things
     return corpus.patches, corpus.patch_things
 
 
 def units_showing(learner: JointLearner, corpus: Corpus, scenes: np.ndarray, things: np.ndarray) -> np.ndarray:
     """The units that show anything of a thing, or most of it where units are boxes (scene, unit); none for thing -1."""
-    shows = corpus.region_shows if hasattr(learner, "lxmert") else corpus.patch_shows
+    shows = corpus.region_shows if learner.units == "regions" else corpus.patch_shows
     return shows[scenes, things] & (things >= 0)[:, None]
 
 
@@ -305,7 +305,8 @@ def _thing_to_hide(corpus: Corpus, scenes: np.ndarray, things: np.ndarray, rng: 
     return _one_of(phrases, (phrases[..., None] == things[:, None]).any(-1) & (phrases >= 0), rng)
 
 
-def _question_kinds(corpus: Corpus, scenes: np.ndarray, rng: Generator) -> np.ndarray:
+def question_kinds(corpus: Corpus, scenes: np.ndarray, rng: Generator) -> np.ndarray:
+    """A kind of question (in QUESTIONS) for each scene, among those that it has."""
     weights = (corpus.answers[scenes] >= 0) * np.array(list(_QUESTION_WEIGHTS.values()))
     return _strongest(weights, np.ones(len(scenes), int), rng).argmax(1)
 
@@ -322,10 +323,11 @@ def _word_loss(learner: JointLearner, hidden: Hidden, asked: Asked) -> Tensor:
 def patch_loss(logits: Tensor, corpus: Corpus, scenes: np.ndarray) -> Tensor:
     """The weighted loss of the class of every patch from logits (scene, patch, class)."""
     classes = torch.from_numpy(corpus.patches[scenes].astype(np.int64)).to(logits.device)
-    return _UNIT_WEIGHT * _unit_loss(logits.flatten(0, 1), classes.flatten())
+    return UNIT_WEIGHT * unit_loss(logits.flatten(0, 1), classes.flatten())
 
 
-def _unit_loss(logits: Tensor, truth: Tensor) -> Tensor:
+def unit_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Cross entropy of unit classes (unit, class); the ground counts little, as there is so much of it."""
     weights = torch.ones(len(CLASSES), device=logits.device)
     weights[GROUND] = _GROUND_WEIGHT
     return nn.functional.cross_entropy(logits, truth, weights)

@@ -11,6 +11,7 @@ import transformers
 from pydantic import JsonValue
 from torch import nn
 
+from attnscope.reference.alignments import check_alignment
 from attnscope.reference.cards import card_page
 from attnscope.reference.checking import ReferenceError, batch_of, check_values
 from attnscope.reference.corpus import VOCABULARY, Corpus, build_corpus
@@ -26,11 +27,15 @@ from attnscope.reference.examining import (
     hide_everything,
     hide_thing,
 )
+from attnscope.reference.inspecting import examine_attention
+from attnscope.reference.judging import examine_painting
 from attnscope.reference.learners import JointLearner, Seen
 from attnscope.reference.lessons import WORLD_LOSSES
-from attnscope.reference.pairs import RECORD, SPLITS, Prepared, left_out
+from attnscope.reference.pairs import RECORD, SPLITS, Prepared, Shape, left_out, open_prepared
 from attnscope.reference.pairs import prepare as prepare_pairs
+from attnscope.reference.scan import examine_scan
 from attnscope.reference.scenes import WORLD_VERSION
+from attnscope.reference.settings import SCORED
 from attnscope.reference.simla_examining import examine_grounding, examine_ranking, examine_reconstruction
 from attnscope.reference.spreading import train_spread
 from attnscope.reference.training import (
@@ -56,26 +61,44 @@ _CHECKPOINTS = "training"
 def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
     """The recipe of a model, with some of its fields changed; goals of generated scenes are none for samples.
 
+    What a folder of prepared samples has decided, such as the side of images, need not be said again.
+
     Raises
     ------
     ReferenceError
-        When there is no such model, its recipe has no such field or loss, no loss is left, or a value can't be.
+        When there is no such model, its recipe has no such field, loss or score, no loss is left, or a value can't be.
     """
     if name not in RECIPES:
         raise ReferenceError(f"unknown reference model {name!r}; known: {', '.join(RECIPES)}")
     known = {field.name for field in dataclasses.fields(Recipe)} - {"model"}
     if unknown := sorted(set(changes or ()) - known):
         raise ReferenceError(f"a recipe has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
-    recipe = dataclasses.replace(RECIPES[name], **(changes or {}))  # type: ignore[arg-type]
+    changes = _decided(name, changes or {}) | dict(changes or {})
+    recipe = dataclasses.replace(RECIPES[name], **changes)  # type: ignore[arg-type]
     check_values(recipe)
-    if recipe.samples and "goals" not in (changes or {}):
+    if recipe.samples and "goals" not in changes:
         recipe = dataclasses.replace(recipe, goals={})
     if unknown := sorted(set(recipe.without) - set(LESSONS[name].names)):
         raise ReferenceError(f"{name} has no loss {unknown[0]!r}; its losses are {', '.join(LESSONS[name].names)}")
     if set(LESSONS[name].names) <= set(recipe.without) | untold_losses(recipe):
         raise ReferenceError(f"{name} has no loss left to learn from; its losses are {', '.join(LESSONS[name].names)}")
+    if recipe.alignment and name not in SCORED:
+        raise ReferenceError(f"{name} has its own score in its attention; {', '.join(SCORED)} take another")
+    if recipe.alignment:
+        check_alignment(recipe.alignment)
     # As JSON gives it, it is a list.
     return dataclasses.replace(recipe, without=tuple(recipe.without))
+
+
+def _decided(name: str, changes: Mapping[str, object]) -> dict[str, object]:
+    """The fields of a recipe that a folder of prepared samples, if it names one, has decided."""
+    source = changes.get("samples")
+    if not isinstance(source, str) or not (Path(source) / RECORD).is_file():
+        return {}
+    found = dataclasses.asdict(open_prepared(Path(source)).shape)
+    side = found.pop("side")
+    found["validation_scenes"] = found.pop("held_out")
+    return found | ({"side": side} if LESSONS[name].images else {})
 
 
 def train(recipe: Recipe, seed: int, out: str, listener: Listener | None = None) -> Receipt:
@@ -103,7 +126,8 @@ def train(recipe: Recipe, seed: int, out: str, listener: Listener | None = None)
     training.advance()
     words = VOCABULARY if training.prepared is None else training.prepared.vocabulary
     learner = training.learner.cpu()
-    write_model(recipe.model, learner, Path(out), vocabulary=words, units="units" not in untold_losses(recipe))
+    units = "units" not in untold_losses(recipe)
+    write_model(recipe.model, learner, Path(out), vocabulary=words, units=units, alignment=recipe.alignment)
     receipt: Receipt = {"model": recipe.model, "steps": training.step, "seconds": round(training.seconds)}
     return {**receipt, "resumed": resumed, "notes": [*notes]}
 
@@ -113,39 +137,42 @@ def _on_processor(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, processes=1, device="cpu")
 
 
-def prepare(recipe: Recipe, out: str, listener: Listener | None = None) -> Receipt:
-    """Prepare the samples of a recipe into a folder, which other recipes of the same shape can name as their samples.
+def prepare(source: str, out: str, shape: Shape, listener: Listener | None = None) -> Receipt:
+    """Prepare samples into a folder, which recipes can name as theirs.
 
     Raises
     ------
     SampleError
         When the samples can't be learned from.
     """
-    prepared = prepare_pairs(recipe.samples, Path(out), recipe.shape, _teller(recipe, listener))
-    return {"folder": out, "samples": prepared.count, "digest": prepared.digest, "notes": [*_notes(recipe, prepared)]}
+    prepared = prepare_pairs(source, Path(out), shape, _teller("samples", 0, listener))
+    return {"folder": out, "samples": prepared.count, "digest": prepared.digest, "notes": [*_shortfalls(prepared)]}
 
 
 def _prepare(recipe: Recipe, folder: Path, listener: Listener | None) -> list[str]:
     """Prepare the samples of a recipe where it has some, and say what was left out."""
     if not recipe.samples:
         return []
-    prepared = prepare_samples(recipe, folder, _teller(recipe, listener))
+    prepared = prepare_samples(recipe, folder, _teller(recipe.model, recipe.steps, listener))
     usable, batch = len(prepared.split("train")), batch_of(recipe)
     if usable < batch:
         raise SampleError(f"samples {recipe.samples!r} leave {usable} to learn from, fewer than a batch of {batch}")
-    return [*_notes(recipe, prepared)]
+    untold = sorted(untold_losses(recipe))
+    needed = ", ".join(f"{name} (it needs {WORLD_LOSSES[name]})" for name in untold)
+    told = [f"without the loss of {needed}, which samples don't tell"] if untold else []
+    return [*_shortfalls(prepared), *told]
 
 
-def _teller(recipe: Recipe, listener: Listener | None) -> Callable[[int], None]:
+def _teller(name: str, steps: int, listener: Listener | None) -> Callable[[int], None]:
     def tell(seen: int) -> None:
         if listener is not None:
-            listener(TrainingProgress(recipe.model, f"preparing samples ({seen:,} read)", 0, recipe.steps, 0.0))
+            listener(TrainingProgress(name, f"preparing, {seen:,} read", 0, steps, 0.0))
 
     return tell
 
 
-def _notes(recipe: Recipe, prepared: Prepared) -> Iterator[str]:
-    """Sentences about what samples don't give."""
+def _shortfalls(prepared: Prepared) -> Iterator[str]:
+    """Sentences about what samples lack."""
     if prepared.left_out:
         name, problem = next(left_out(prepared))
         yield (
@@ -153,10 +180,7 @@ def _notes(recipe: Recipe, prepared: Prepared) -> Iterator[str]:
             f" {problem}; all are named in {prepared.left_out_at}"
         )
     if prepared.cut:
-        yield f"{prepared.cut:,} texts were cut to {recipe.length} tokens"
-    if untold := sorted(untold_losses(recipe)):
-        needed = ", ".join(f"{name} (it needs {WORLD_LOSSES[name]})" for name in untold)
-        yield f"without the loss of {needed}, which samples don't tell"
+        yield f"{prepared.cut:,} texts were cut to {prepared.shape.length} tokens"
 
 
 def examine(recipe: Recipe, seed: int, out: str, scenes: int = _EXAMINED) -> Receipt:
@@ -280,4 +304,7 @@ _EXAMINATIONS: dict[str, tuple[Callable[..., dict[str, Items]], ...]] = {
         examine_reconstruction,
     ),
     "mapper": (_prefixed("answers", examine_answers), _prefixed("captions", examine_captions)),
+    "scan": (examine_scan, examine_attention),
+    "answering": (_prefixed("answers", examine_answers), examine_attention),
+    "painter": (examine_painting, examine_attention),
 }

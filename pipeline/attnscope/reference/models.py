@@ -1,7 +1,7 @@
-"""Classes of the carried models beside transformers' own: with the class of each image token, or behind a mapper."""
+"""Classes of the carried models beside transformers' own: with image tokens' classes, a mapper, or another score."""
 
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers.models.blip.modeling_blip import BlipPreTrainedModel, BlipVisi
 from transformers.models.blip.modeling_blip_text import BlipTextModel, BlipTextOnlyMLMHead
 from transformers.models.lxmert.modeling_lxmert import LxmertForPreTrainingOutput
 
+from attnscope.reference.alignments import CONFIG_KEY, swap_scores
 from attnscope.reference.corpus import CLASSES
 from attnscope.reference.mapper import MapperForConditionalGeneration, MapperForQuestionAnswering
 
@@ -103,3 +104,25 @@ class LxmertWithObjects(transformers.LxmertForPreTraining):
         out = super().forward(*args, **inputs)
         objects = self.obj_predict_head(out.vision_hidden_states[-1])["obj"]
         return AllOfLxmert(**{**out, "object_logits": objects})
+
+
+_OURS = {c.__name__: c for c in (ViltForWordsAndPatches, LxmertWithObjects)}
+
+
+def class_of(architecture: str, config: transformers.PreTrainedConfig) -> Any:
+    """The class behind a name in a config: transformers', or one of these; `AutoModel` for a name that neither has."""
+    found = _OURS.get(architecture) or getattr(transformers, architecture, transformers.AutoModel)
+    return _with_alignment(found) if hasattr(config, CONFIG_KEY) and found is not transformers.AutoModel else found
+
+
+@cache
+def _with_alignment(cls: Any) -> Any:
+    """The same model with the score in its attention that its config names."""
+
+    class Scored(cls):
+        def __init__(self, config: transformers.PreTrainedConfig) -> None:
+            super().__init__(config)
+            swap_scores(self, getattr(config, CONFIG_KEY))
+
+    Scored.__name__, Scored.__qualname__ = cls.__name__, cls.__qualname__
+    return Scored

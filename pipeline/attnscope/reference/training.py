@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from attnscope.reference import simla, simla_lessons
+from attnscope.reference.answering import answer_losses
 from attnscope.reference.corpus import VOCABULARY, Corpus, build_corpus
 from attnscope.reference.examining import (
     Items,
@@ -24,7 +27,7 @@ from attnscope.reference.examining import (
     examine_retrieval,
     examine_words,
 )
-from attnscope.reference.kinds import LEARNERS
+from attnscope.reference.kinds import build_learner
 from attnscope.reference.learners import WORLD, JointLearner, Mapper, Retriever, Sizes
 from attnscope.reference.lessons import (
     HARD_SHARE,
@@ -34,8 +37,10 @@ from attnscope.reference.lessons import (
     mapper_losses,
     word_losses,
 )
+from attnscope.reference.painter import Painter, examine_pixels, paint_losses
 from attnscope.reference.pair_examining import examine_pair_retrieval, examine_pair_words
 from attnscope.reference.pairs import RECORD, Learnable, Prepared, Shape, open_prepared, prepare
+from attnscope.reference.scan import Scan, examine_scan, scan_losses
 from attnscope.reference.scenes import WORLD_VERSION, Generator
 from attnscope.reference.sharing import ALONE, Share
 from attnscope.reference.simla import Simla
@@ -47,7 +52,8 @@ class Recipe:
 
     Hard scenes are asked about from step `hard_from`. The rate rises over `warm_up` steps to its peak and stays there
     until the validation figures reach all `goals`, or for `steps` at most; then it falls to zero over `decay` steps.
-    `without` names losses that are left out.
+    `without` names losses that are left out. `alignment` is the score of its attention (see ALIGNMENTS), the model's
+    own where it is empty.
 
     `samples` is what it learns from in the place of generated scenes: a source that `attnscope.samples` reads, or a
     folder of prepared pairs; `validation_scenes` of them each are held out for goals and for the card. `tokenizer` and
@@ -70,6 +76,7 @@ class Recipe:
     goals: Mapping[str, float] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     # What came later is told where it isn't the model's own: a training that was begun before still goes on.
+    alignment: str = field(default="", repr=False)
     samples: str = field(default="", repr=False)
     tokenizer: str = field(default="words", repr=False)
     vocabulary: int = field(default=8000, repr=False)
@@ -109,15 +116,28 @@ class Recipe:
 
 _JOINT_GOALS = {"words_colour": 0.98, "words_shape": 0.97, "matching_balanced": 0.91, "answers_attributes": 0.96}
 
+# No hard scenes, so that less than a minute is enough.
+_SMALL: dict[str, Any] = {
+    "scenes": 6000,
+    "hard_from": 10**6,
+    "warm_up": 50,
+    "peak_rate": 3e-3,
+    "examine_every": 200,
+    "validation_scenes": 128,
+}
+
 RECIPES = {
     "vilt": Recipe("vilt", decay=200, peak_rate=2e-3, hard_from=600, goals=_JOINT_GOALS),
     "clip": Recipe("clip", steps=2500, goals={"image_to_text": 0.62, "text_to_image": 0.62}),
     "lxmert": Recipe("lxmert", decay=200, hard_from=600, goals=_JOINT_GOALS),
     "text": Recipe("text", steps=400, decay=200),
     "simla": Recipe(
-        "simla", steps=2900, decay=400, hard_from=3300, layers=simla.SIZES.layers, text_layers=simla.SIZES.text_layers
+        "simla", steps=2600, decay=300, hard_from=2900, layers=simla.SIZES.layers, text_layers=simla.SIZES.text_layers
     ),
     "mapper": Recipe("mapper", decay=300, peak_rate=2e-3, goals={"answers_attributes": 0.98, "captions_true": 0.98}),
+    "scan": Recipe("scan", steps=150, decay=70, **_SMALL),
+    "answering": Recipe("answering", steps=350, decay=150, **_SMALL),
+    "painter": Recipe("painter", steps=220, decay=100, **_SMALL),
 }
 
 
@@ -163,7 +183,7 @@ class Training:
         self._share = share
         self.prepared = open_prepared(data_folder(recipe, folder)) if recipe.samples else None
         torch.manual_seed(seed)
-        self.learner = LEARNERS[recipe.model].of(recipe.sizes(self.prepared))
+        self.learner = build_learner(recipe.model, recipe.alignment, recipe.sizes(self.prepared))
         self.learner.without = frozenset(recipe.without) | untold_losses(recipe)
         self.learner.share = share
         self.learner.to(device_of(recipe, share.number))
@@ -238,7 +258,7 @@ class Training:
         """What it learns from ('train') or is examined on ('validation')."""
         if self.prepared is not None:
             return self.prepared.split(split)
-        return build_corpus(split, range(self.recipe.scenes if split == "train" else self.recipe.validation_scenes))
+        return _scenes(split, self.recipe.scenes if split == "train" else self.recipe.validation_scenes)
 
     def _one_step(self) -> dict[str, float]:
         state, recipe = self._state, self.recipe
@@ -370,18 +390,19 @@ def untold_losses(recipe: Recipe) -> frozenset[str]:
     return frozenset(LESSONS[recipe.model].names) & WORLD_LOSSES.keys() if recipe.samples else frozenset()
 
 
+@lru_cache(maxsize=2)
+def _scenes(split: str, count: int) -> Corpus:
+    """The first scenes of a split, drawn once for all trainings of a process that come one after the other."""
+    return build_corpus(split, range(count))
+
+
 def _joint_figures(learner: JointLearner, corpus: Corpus) -> dict[str, float]:
-    examined = (("matching", examine_matching(learner, corpus)), ("answers", examine_answers(learner, corpus)))
-    return _word_figures(learner, corpus) | _means(examined)
-
-
-def _means(examined: Iterable[tuple[str, Mapping[str, Items]]]) -> dict[str, float]:
-    return {f"{part}_{name}": float(items.values.mean()) for part, found in examined for name, items in found.items()}
+    matching = _means(examine_matching(learner, corpus), "matching_")
+    return _word_figures(learner, corpus) | matching | _answer_figures(learner, corpus)
 
 
 def _mapper_figures(learner: Mapper, corpus: Corpus) -> dict[str, float]:
-    examined = (("captions", examine_captions(learner, corpus)), ("answers", examine_answers(learner, corpus)))
-    return _means(examined)
+    return _means(examine_captions(learner, corpus), "captions_") | _answer_figures(learner, corpus)
 
 
 def _word_figures(learner: JointLearner, corpus: Corpus) -> dict[str, float]:
@@ -390,13 +411,28 @@ def _word_figures(learner: JointLearner, corpus: Corpus) -> dict[str, float]:
 
 
 def _retrieval_figures(learner: Retriever, corpus: Corpus) -> dict[str, float]:
-    return {name: float(items.values.mean()) for name, items in examine_retrieval(learner, corpus).items()}
+    return _means(examine_retrieval(learner, corpus))
+
+
+def _scan_figures(learner: Scan, corpus: Corpus) -> dict[str, float]:
+    return _means(examine_scan(learner, corpus))
+
+
+def _answer_figures(learner: JointLearner, corpus: Corpus) -> dict[str, float]:
+    return _means(examine_answers(learner, corpus), "answers_")
+
+
+def _paint_figures(learner: Painter, corpus: Corpus) -> dict[str, float]:
+    return _means(examine_pixels(learner, corpus))
+
+
+def _means(examined: Mapping[str, Items], prefix: str = "") -> dict[str, float]:
+    return {f"{prefix}{name}": float(items.values.mean()) for name, items in examined.items()}
 
 
 def _simla_figures(learner: Simla, corpus: Corpus) -> dict[str, float]:
-    matching = examine_matching(learner, corpus)
-    figures = _retrieval_figures(learner, corpus) | _word_figures(learner, corpus)
-    return figures | {f"matching_{name}": float(items.values.mean()) for name, items in matching.items()}
+    matching = _means(examine_matching(learner, corpus), "matching_")
+    return _retrieval_figures(learner, corpus) | _word_figures(learner, corpus) | matching
 
 
 @dataclass(frozen=True)
@@ -423,4 +459,7 @@ LESSONS = {
     "text": _Lessons(("words",), word_losses, _word_figures, examine_pair_words, images=False),
     "simla": _Lessons(simla_lessons.LOSSES, simla_lessons.simla_losses, _simla_figures, examine_pair_retrieval),
     "mapper": _Lessons(("answers", "captions", "units"), mapper_losses, _mapper_figures),
+    "scan": _Lessons(("match", "units"), scan_losses, _scan_figures),
+    "answering": _Lessons(("answers", "units"), answer_losses, _answer_figures),
+    "painter": _Lessons(("pixels",), paint_losses, _paint_figures),
 }

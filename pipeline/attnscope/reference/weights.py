@@ -10,11 +10,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from attnscope.reference.alignments import CONFIG_KEY
 from attnscope.reference.carrying import path
-from attnscope.reference.corpus import PATCH, SIDE, VOCABULARY
-from attnscope.reference.kinds import CONFIGS, LEARNERS
+from attnscope.reference.corpus import LENGTH, PATCH, SIDE, VOCABULARY
+from attnscope.reference.kinds import CONFIGS, LEARNERS, with_score
 from attnscope.reference.learners import UnitClassifier
 from attnscope.reference.pairs import tokenizer_of
+from attnscope.reference.settings import scored_config
 
 WEIGHTS = "model.safetensors"
 
@@ -23,15 +25,21 @@ _PIXELS = {"resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def write_model(
-    name: str, learner: nn.Module, folder: Path, *, vocabulary: Sequence[str] = VOCABULARY, units: bool = True
+    name: str,
+    learner: nn.Module,
+    folder: Path,
+    *,
+    vocabulary: Sequence[str] = VOCABULARY,
+    units: bool = True,
+    alignment: str = "",
 ) -> None:
     """Write config, weights, tokenizer and processor of a learner; the head for units' classes only if it has learned.
 
-    `vocabulary` are the words of its ids.
+    `vocabulary` are the words of its ids; `alignment` is the score of its attention where that is not its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = getattr(learner, "config", None) or CONFIGS[name]()
-    config.save_pretrained(folder)
+    scored_config(config, alignment).save_pretrained(folder)
     named = {n: p.detach().contiguous() for n, p in learner.named_parameters() if not n.startswith(_UNITS)}
     if units and isinstance(head := getattr(learner, _UNITS, None), UnitClassifier):
         named |= {f"{_UNITS}.{n}": p.detach() for n, p in head.whole().named_parameters()}
@@ -43,7 +51,8 @@ def write_model(
 
 def _write_processor(name: str, folder: Path, config: transformers.PreTrainedConfig, words: Sequence[str]) -> None:
     text = getattr(config, "text_config", None) or config
-    tokenizer = tokenizer_of(words, text.max_position_embeddings)
+    # The config of a setting says nothing of sizes.
+    tokenizer = tokenizer_of(words, getattr(text, "max_position_embeddings", LENGTH))
     tokenizer.save_pretrained(folder)
     if name == "vilt":
         images = transformers.ViltImageProcessorPil(size={"shortest_edge": SIDE}, size_divisor=PATCH, **_PIXELS)
@@ -57,7 +66,8 @@ def _write_processor(name: str, folder: Path, config: transformers.PreTrainedCon
 def read_learner(name: str, folder: Path | None = None) -> nn.Module:
     """A learner with the weights of a folder, of the carried one unless named, in evaluation mode."""
     folder = folder or path(name)
-    learner = LEARNERS[name].like(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    learner = with_score(LEARNERS[name].like(folder), config.get(CONFIG_KEY, ""))
     weights = load_file(folder / WEIGHTS)
     if f"{_UNITS}.weight" in weights and hasattr(learner, _UNITS):
         setattr(learner, _UNITS, unit_classifier(name, folder))

@@ -139,8 +139,8 @@ def test_the_command_trains_examines_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["nobody"], "unknown reference model 'nobody'; known: vilt, clip, lxmert, text, mapper"),
-        (["text", "--recipe", "colour=1"], "a recipe has no 'colour'; it has clip, decay,"),
+        (["nobody"], "unknown reference model 'nobody'; known: vilt, clip, lxmert, text, simla, mapper"),
+        (["text", "--recipe", "colour=1"], "a recipe has no 'colour'; it has alignment, batch, clip, decay,"),
         (
             ["vilt", "--ablate-loss", "words", "--ablate-loss", "psl"],
             "vilt has no loss 'psl'; its losses are words, match",
