@@ -59,9 +59,7 @@ def test_commands_that_train_are_commands_with_recipes_that_can_be_followed(page
     from attnscope.cli import main, reference
     from attnscope.reference.making import recipe_of
 
-    lines = re.findall(
-        r"^\$ attnscope (reference (?:train|table|prepare) .*?)(?:  +#.*)?$", (DOCS / page).read_text(), re.M
-    )
+    lines = re.findall(r"^\$ attnscope (reference (?:train|table) .*?)(?:  +#.*)?$", (DOCS / page).read_text(), re.M)
     assert lines
     for line in lines:
         name, *arguments = shlex.split(line)[1:]
@@ -71,10 +69,12 @@ def test_commands_that_train_are_commands_with_recipes_that_can_be_followed(page
             variants = [reference._variant(text) for text in given["variants"]]
         else:
             changes = dict(reference._change(text) for text in given["assignments"])
-            variants = [{"model": given.get("name") or given["model"], "changes": changes}]
-            changes |= {"samples": given.get("samples") or ""}
+            variants = [{"model": given["name"], "changes": changes | {"samples": given["samples"] or ""}}]
         for variant in variants:
-            recipe_of(variant["model"], variant["changes"])  # type: ignore[arg-type]
+            changes = variant["changes"]
+            # As the samples of that page are prepared.
+            changes |= {"side": 112} if changes.get("samples") else {}
+            recipe_of(variant["model"], changes)
 
 
 @pytest.mark.parametrize("page", [*sorted(DOCS.glob("*.md")), ROOT / "README.md"], ids=lambda p: p.name)

@@ -81,18 +81,22 @@ def train(
 @reference.command()
 @click.argument("samples")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the prepared samples.")
-@click.option("--model", default="clip", show_default=True, help="What shall learn from them.")
-@click.option("--recipe", "assignments", multiple=True, metavar="FIELD=VALUE", help="As when training; repeatable.")
-def prepare(samples: str, out: str, model: str, assignments: Sequence[str]) -> None:
+@click.option("--side", default=48, show_default=True, type=click.IntRange(min=0), help="Pixels; 0 for texts alone.")
+@click.option("--length", default=40, show_default=True, type=click.IntRange(min=3), help="Most tokens of a text.")
+@click.option("--tokenizer", default="words", show_default=True, help="words, or wordpiece.")
+@click.option("--vocabulary", default=8000, show_default=True, type=click.IntRange(min=6), help="Most entries.")
+@click.option(
+    "--held-out", default=256, show_default=True, type=click.IntRange(min=1), help="For goals, and again for the card."
+)
+def prepare(samples: str, out: str, side: int, length: int, tokenizer: str, vocabulary: int, held_out: int) -> None:
     """Scale the images of SAMPLES and number the words of their texts, once for many trainings.
 
-    The folder can be named as the --samples of trainings with the same side, length, tokenizer, vocabulary and
-    validation_scenes.
+    The folder can be named as the --samples of trainings, which then have its side, length and vocabulary.
     """
     from attnscope.reference import making
+    from attnscope.reference.pairs import Shape
 
-    changes = dict(_change(assignment) for assignment in assignments) | {"samples": samples}
-    done = making.prepare(making.recipe_of(model, changes), out, _tell)
+    done = making.prepare(samples, out, Shape(side, length, tokenizer, vocabulary, held_out), _tell)
     for note in done["notes"]:  # type: ignore[union-attr]
         click.echo(f"note:    {note}")
     click.echo(f"samples: {out} ({done['samples']} usable)")

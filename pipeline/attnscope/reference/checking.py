@@ -82,7 +82,10 @@ def _devices() -> int:
 
 
 _TOGETHER: tuple[tuple[Callable[[Recipe], bool], str], ...] = (
-    (lambda r: r.side % r.patch != 0, "a side of {recipe.side} pixels isn't made of patches of {recipe.patch}"),
+    (
+        lambda r: LESSONS[r.model].images and r.side % r.patch != 0,
+        "a side of {recipe.side} pixels isn't made of patches of {recipe.patch}",
+    ),
     (lambda r: r.width % r.heads != 0, "a width of {recipe.width} can't be shared by {recipe.heads} heads"),
     (lambda r: r.width % 4 != 0, "a width of {recipe.width} isn't a multiple of 4, which positions need"),
     (

@@ -31,7 +31,7 @@ from attnscope.reference.inspecting import examine_attention
 from attnscope.reference.judging import examine_painting
 from attnscope.reference.learners import JointLearner, Seen
 from attnscope.reference.lessons import WORLD_LOSSES
-from attnscope.reference.pairs import RECORD, SPLITS, Prepared, left_out
+from attnscope.reference.pairs import RECORD, SPLITS, Prepared, Shape, left_out, open_prepared
 from attnscope.reference.pairs import prepare as prepare_pairs
 from attnscope.reference.scan import examine_scan
 from attnscope.reference.scenes import WORLD_VERSION
@@ -61,6 +61,8 @@ _CHECKPOINTS = "training"
 def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
     """The recipe of a model, with some of its fields changed; goals of generated scenes are none for samples.
 
+    What a folder of prepared samples has decided, such as the side of images, need not be said again.
+
     Raises
     ------
     ReferenceError
@@ -73,9 +75,10 @@ def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
     known = {field.name for field in dataclasses.fields(Recipe)} - {"model"}
     if unknown := sorted(set(changes or ()) - known):
         raise ReferenceError(f"a recipe has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
-    recipe = dataclasses.replace(RECIPES[name], **(changes or {}))  # type: ignore[arg-type]
+    changes = _decided(name, changes or {}) | dict(changes or {})
+    recipe = dataclasses.replace(RECIPES[name], **changes)  # type: ignore[arg-type]
     check_values(recipe)
-    if recipe.samples and "goals" not in (changes or {}):
+    if recipe.samples and "goals" not in changes:
         recipe = dataclasses.replace(recipe, goals={})
     if unknown := sorted(set(recipe.without) - set(LESSONS[name].names)):
         raise ReferenceError(f"{name} has no loss {unknown[0]!r}; its losses are {', '.join(LESSONS[name].names)}")
@@ -87,6 +90,17 @@ def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
         check_alignment(recipe.alignment)
     # As JSON gives it, it is a list.
     return dataclasses.replace(recipe, without=tuple(recipe.without))
+
+
+def _decided(name: str, changes: Mapping[str, object]) -> dict[str, object]:
+    """The fields of a recipe that a folder of prepared samples, if it names one, has decided."""
+    source = changes.get("samples")
+    if not isinstance(source, str) or not (Path(source) / RECORD).is_file():
+        return {}
+    found = dataclasses.asdict(open_prepared(Path(source)).shape)
+    side = found.pop("side")
+    found["validation_scenes"] = found.pop("held_out")
+    return found | ({"side": side} if LESSONS[name].images else {})
 
 
 def train(recipe: Recipe, seed: int, out: str, listener: Listener | None = None) -> Receipt:
@@ -125,39 +139,42 @@ def _on_processor(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, processes=1, device="cpu")
 
 
-def prepare(recipe: Recipe, out: str, listener: Listener | None = None) -> Receipt:
-    """Prepare the samples of a recipe into a folder, which other recipes of the same shape can name as their samples.
+def prepare(source: str, out: str, shape: Shape, listener: Listener | None = None) -> Receipt:
+    """Prepare samples into a folder, which recipes can name as theirs.
 
     Raises
     ------
     SampleError
         When the samples can't be learned from.
     """
-    prepared = prepare_pairs(recipe.samples, Path(out), recipe.shape, _teller(recipe, listener))
-    return {"folder": out, "samples": prepared.count, "digest": prepared.digest, "notes": [*_notes(recipe, prepared)]}
+    prepared = prepare_pairs(source, Path(out), shape, _teller("samples", 0, listener))
+    return {"folder": out, "samples": prepared.count, "digest": prepared.digest, "notes": [*_shortfalls(prepared)]}
 
 
 def _prepare(recipe: Recipe, folder: Path, listener: Listener | None) -> list[str]:
     """Prepare the samples of a recipe where it has some, and say what was left out."""
     if not recipe.samples:
         return []
-    prepared = prepare_samples(recipe, folder, _teller(recipe, listener))
+    prepared = prepare_samples(recipe, folder, _teller(recipe.model, recipe.steps, listener))
     usable, batch = len(prepared.split("train")), batch_of(recipe)
     if usable < batch:
         raise SampleError(f"samples {recipe.samples!r} leave {usable} to learn from, fewer than a batch of {batch}")
-    return [*_notes(recipe, prepared)]
+    untold = sorted(untold_losses(recipe))
+    needed = ", ".join(f"{name} (it needs {WORLD_LOSSES[name]})" for name in untold)
+    told = [f"without the loss of {needed}, which samples don't tell"] if untold else []
+    return [*_shortfalls(prepared), *told]
 
 
-def _teller(recipe: Recipe, listener: Listener | None) -> Callable[[int], None]:
+def _teller(name: str, steps: int, listener: Listener | None) -> Callable[[int], None]:
     def tell(seen: int) -> None:
         if listener is not None:
-            listener(TrainingProgress(recipe.model, f"preparing samples ({seen:,} read)", 0, recipe.steps, 0.0))
+            listener(TrainingProgress(name, f"preparing, {seen:,} read", 0, steps, 0.0))
 
     return tell
 
 
-def _notes(recipe: Recipe, prepared: Prepared) -> Iterator[str]:
-    """Sentences about what samples don't give."""
+def _shortfalls(prepared: Prepared) -> Iterator[str]:
+    """Sentences about what samples lack."""
     if prepared.left_out:
         name, problem = next(left_out(prepared))
         yield (
@@ -165,10 +182,7 @@ def _notes(recipe: Recipe, prepared: Prepared) -> Iterator[str]:
             f" {problem}; all are named in {prepared.left_out_at}"
         )
     if prepared.cut:
-        yield f"{prepared.cut:,} texts were cut to {recipe.length} tokens"
-    if untold := sorted(untold_losses(recipe)):
-        needed = ", ".join(f"{name} (it needs {WORLD_LOSSES[name]})" for name in untold)
-        yield f"without the loss of {needed}, which samples don't tell"
+        yield f"{prepared.cut:,} texts were cut to {prepared.shape.length} tokens"
 
 
 def examine(recipe: Recipe, seed: int, out: str, scenes: int = _EXAMINED) -> Receipt:

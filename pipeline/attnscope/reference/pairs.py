@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -75,6 +75,10 @@ class Shape:
     vocabulary: int
     held_out: int
 
+    def __post_init__(self) -> None:
+        if self.tokenizer not in TOKENIZERS:
+            raise SampleError(f"unknown tokenizer {self.tokenizer!r}; known: {', '.join(TOKENIZERS)}")
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -137,7 +141,9 @@ def prepare(source: str, folder: Path, shape: Shape, tell: Callable[[int], None]
     """
     if (folder / RECORD).is_file():
         found = open_prepared(folder)
-        if (found.source, found.shape) != (source, shape):
+        # Who needs no images doesn't mind any.
+        asked = shape if shape.side else replace(shape, side=found.shape.side)
+        if (found.source, found.shape) != (source, asked):
             raise SampleError(
                 f"{str(folder)!r} holds samples prepared otherwise ({found.source!r}, {_words_of(found.shape)});"
                 " train with these values, or name another folder"

@@ -115,14 +115,17 @@ def test_another_training_in_the_folder_is_not_overwritten(photographs: Path, tm
 
 def test_prepared_samples_serve_many_trainings(photographs: Path, tmp_path: Path) -> None:
     chosen = recipe("clip", photographs)
-    making.prepare(chosen, str(tmp_path / "data"))
-    there = recipe("clip", tmp_path / "data")
-    making.train(there, 0, str(tmp_path / "a"))
+    making.prepare(str(photographs), str(tmp_path / "data"), chosen.shape)
+    # The folder has decided these.
+    rest = {name: value for name, value in SHORT.items() if name not in ("side", "length", "validation_scenes")}
+    making.train(recipe_of("clip", rest | {"samples": str(tmp_path / "data")}), 0, str(tmp_path / "a"))
     making.train(chosen, 0, str(tmp_path / "b"))
     assert weights_digest(tmp_path / "a") == weights_digest(tmp_path / "b")
     assert not (tmp_path / "a" / "data").exists()
     with pytest.raises(SampleError, match="prepared otherwise"):
         making.train(recipe("clip", tmp_path / "data", length=8), 0, str(tmp_path / "c"))
+    # Images are in no one's way.
+    making.train(recipe("text", tmp_path / "data"), 0, str(tmp_path / "d"))
 
 
 def test_most_of_a_bfloat16_step_is_in_bfloat16_and_weights_are_not(photographs: Path, tmp_path: Path) -> None:
@@ -135,7 +138,7 @@ def test_most_of_a_bfloat16_step_is_in_bfloat16_and_weights_are_not(photographs:
             if module.training:
                 kinds.add(output.dtype)
 
-        making.prepare(chosen, str(tmp_path / dtype / "data"))
+        making.prepare(str(photographs), str(tmp_path / dtype / "data"), chosen.shape)
         training = Training(chosen, 0, tmp_path / dtype / "training")
         linear = next(m for m in training.learner.modules() if isinstance(m, nn.Linear))
         linear.register_forward_hook(note)
@@ -192,7 +195,7 @@ def test_two_processes_have_the_gradients_of_one(photographs: Path, tmp_path: Pa
         for folder in (tmp_path / "one" / name, tmp_path / "two" / name):
             folder.mkdir(parents=True)
             if "samples" in changes:
-                making.prepare(recipe_of(model, changes), str(folder / "data"))
+                making.prepare(str(photographs), str(folder / "data"), recipe_of(model, changes).shape)
         Training(recipe_of(model, changes), 0, tmp_path / "one" / name / "training").advance()
         (tmp_path / "two" / name / "changes.json").write_text(json.dumps(changes))
     command = [sys.executable, "-c", RANKS]
@@ -206,7 +209,7 @@ def test_two_processes_have_the_gradients_of_one(photographs: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_several_processes_that_were_killed_go_on_to_the_same_weights(photographs: Path, tmp_path: Path) -> None:
     chosen = recipe("clip", photographs, processes=2, steps=60)
-    making.prepare(chosen, str(tmp_path / "data"))
+    making.prepare(str(photographs), str(tmp_path / "data"), chosen.shape)
     options = SHORT | {"steps": 60}
     command = [sys.executable, "-m", "attnscope.cli", "reference", "train", "clip", "--engine", "inline"]
     command += ["--samples", str(tmp_path / "data"), "--processes", "2", "--out", str(tmp_path / "cut")]
@@ -296,7 +299,7 @@ def test_the_command_trains_on_samples_and_says_what_was_left_out(photographs: P
     assert result.exit_code == 0, result.output
     assert "note:    1 of 24 samples were left out, first 'p3.png': image can't be decoded" in result.output
     assert "in bfloat16 on cpu" in (tmp_path / "out" / "README.md").read_text()
-    command = ["reference", "prepare", str(photographs), "--out", str(tmp_path / "data"), *recipes]
+    command = ["reference", "prepare", str(photographs), "--out", str(tmp_path / "data"), "--side", "16"]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0 and f"samples: {tmp_path / 'data'} (23 usable)" in result.output
     empty = CliRunner().invoke(main, ["reference", "prepare", str(tmp_path / "none"), "--out", str(tmp_path / "e")])
