@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ FOLLOWED = {
     *("aten::nan_to_num", "aten::index_select", "aten::select", "aten::cat", "aten::expand", "aten::squeeze"),
     *("aten::bernoulli", "aten::_unsafe_view", "aten::unsafe_split", "aten::split", "aten::constant_pad_nd"),
 }
+# Kinds of operation that only hand on a mark.
+_FOLLOWING = {"both", "scores"}
 # What keeps scores scores on their way from a product of two activations into a softmax.
 SCORES_FOLLOWED = FOLLOWED | {"aten::add", "aten::sub", "aten::tanh", "aten::clamp", "aten::baddbmm"}
 
@@ -55,6 +58,9 @@ class _Marks:
         self._held[reference.cdata] = (reference, origin)
         if len(self._held) > 4096:
             self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
+
+    def __bool__(self) -> bool:
+        return bool(self._held)
 
     def get(self, value: object) -> int | None:
         if not self._held or not isinstance(value, Tensor) or value.is_nested or value.layout != torch.strided:
@@ -77,26 +83,38 @@ class Audit(TorchDispatchMode):
         super().__init__()
         self._recording = recording
         self._probabilities, self._scores = _Marks(), _Marks()
-        weights = (*recording.model.parameters(), *recording.model.buffers())
-        self._weights = {weight.untyped_storage()._cdata for weight in weights if weight.layout == torch.strided}
-        self._kinds: dict[Any, str] = {}
-        self._folding: set[Any] = set()
+        self._kinds: dict[int, str] = {}
+        self._folding: set[int] = set()
+        self._held: list[Any] = []
         self._plain: set[int] = set()
         self._origins = 0
         recording.origin_of = self._probabilities.get
+        recording.followers.append(self._follows)
+
+    @cached_property
+    def _weights(self) -> set[int]:
+        """Where the model's weights lie. Asked for at the first product, which a model with fused kernels never has."""
+        model = self._recording.model
+        weights = (*model.parameters(), *model.buffers())
+        return {weight.untyped_storage()._cdata for weight in weights if weight.layout == torch.strided}
+
+    def _follows(self, tensor: Tensor) -> bool:
+        return self._probabilities.get(tensor) is not None or self._scores.get(tensor) is not None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = self._kinds.get(func)
+        # By identity, as the hash of an operation is Python of its own; held, so that no other gets the identity.
+        kind = self._kinds.get(id(func))
         if kind is None:
-            kind = self._kinds[func] = _kind(func)
+            kind = self._kinds[id(func)] = _kind(func)
+            self._held.append(func)
             if _name(func) in FOLDING:
-                self._folding.add(func)
-        if torch.is_inference_mode_enabled() and func in self._folding:
+                self._folding.add(id(func))
+        if self._folding and id(func) in self._folding and torch.is_inference_mode_enabled():
             with _inference_keys():
                 result = func(*args, **(kwargs or {}))
         else:
             result = func(*args, **(kwargs or {}))
-        if kind and observing():
+        if kind and (kind not in _FOLLOWING or self._probabilities or self._scores) and observing():
             self._see(kind, func, args, result)
         return result
 

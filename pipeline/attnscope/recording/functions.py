@@ -59,6 +59,9 @@ class _Tags:
     def clear(self) -> None:
         self._tags.clear()
 
+    def __bool__(self) -> bool:
+        return bool(self._tags)
+
 
 class FunctionTap(TorchFunctionMode):
     """Records attention of one recording that does not go through the transformers interface."""
@@ -66,10 +69,12 @@ class FunctionTap(TorchFunctionMode):
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
         self.tags = _Tags()
+        recording.followers.append(lambda tensor: self.tags.get(tensor) is not None)
 
     def __torch_function__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         kwargs = kwargs or {}
-        handler = HANDLERS.get(func)
+        # Where nothing is followed yet, all but a beginning would be passed over.
+        handler = (HANDLERS if self.tags else BEGINNINGS).get(func)
         if handler is None or self.recording.is_inside or not observing():
             return func(*args, **kwargs)
         return handler(self, func, args, kwargs)
@@ -391,13 +396,17 @@ _TRANSPOSE = _follow(_rule_transpose, alters="axes")
 _LARGER = _follow(_rule_larger, alters="values")
 
 T = Tensor
-HANDLERS: dict[Any, Callable[[FunctionTap, Any, Args, Kwargs], Any]] = {
+Handler = Callable[[FunctionTap, Any, Args, Kwargs], Any]
+BEGINNINGS: dict[Any, Handler] = {
     **dict.fromkeys((torch.matmul, T.matmul, T.__matmul__, torch.bmm, T.bmm, torch.mm, T.mm), _multiply),
     **dict.fromkeys((torch.baddbmm, T.baddbmm, torch.addmm, T.addmm), _multiply_add),
     torch.functional.einsum: _einsum,
     **dict.fromkeys((torch.softmax, T.softmax, F.softmax, torch.special.softmax), _softmax),
     F.scaled_dot_product_attention: _fused,
     F.multi_head_attention_forward: _multihead,
+}
+HANDLERS: dict[Any, Handler] = {
+    **BEGINNINGS,
     **dict.fromkeys((torch.mul, T.mul, T.mul_, torch.multiply, T.multiply, T.__rmul__), _TIMES),
     **dict.fromkeys((torch.div, T.div, T.div_, torch.true_divide, T.true_divide), _DIVIDE),
     **dict.fromkeys((torch.add, T.add, T.add_, T.__radd__), _PLUS),

@@ -15,6 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from attnscope.recording import functions, interface, multihead
 from attnscope.recording.audit import Audit
+from attnscope.recording.bystanders import stands_by
 from attnscope.recording.calls import AttentionCall
 from attnscope.recording.state import ACTIVE, AuditCount, Recording, UnrecordedAttention, observing
 
@@ -51,8 +52,8 @@ def recording(
     TypeError
         When the model is scripted, exported, or replicated over devices: its attention cannot be seen.
     """
-    _check_model(model)
-    rec = Recording(model, on_call)
+    named = _named_modules(model)
+    rec = Recording(model, named, on_call)
     token = None
     with ExitStack() as stack:
         stack.enter_context(_patched())
@@ -73,14 +74,16 @@ def recording(
     _raise_unrecorded(rec)
 
 
-def _check_model(model: nn.Module) -> None:
+def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"recording needs a torch.nn.Module, got {type(model).__name__!r}")
-    for name, module in model.named_modules():
+    named = list(model.named_modules())
+    for name, module in named:
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"module {name!r} is a ScriptModule, whose attention cannot be seen; record its source")
         if isinstance(module, nn.DataParallel):
             raise TypeError(f"module {name!r} runs replicas in other threads; record its `module` instead")
+    return named
 
 
 def _raise_unrecorded(rec: Recording) -> None:
@@ -169,6 +172,9 @@ def _traced_call(original: Callable[..., Any]) -> Callable[..., Any]:
         recordings = observing()
         if not recordings:
             return original(self, *args, **kwargs) if ACTIVE.get() else _other_call(original, self, args, kwargs)
+        if len(recordings) == 1 and stands_by(self, args, kwargs, recordings[0]):
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+                return original(self, *args, **kwargs)
         for each in recordings:
             each.enter(self)
         try:

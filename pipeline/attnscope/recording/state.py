@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -69,19 +69,26 @@ class Softmax:
 class Recording:
     """The attention calls of one model, in call order; see `recording`."""
 
-    def __init__(self, model: nn.Module, on_call: Callable[[AttentionCall], None] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        named: Sequence[tuple[str, nn.Module]],
+        on_call: Callable[[AttentionCall], None] | None,
+    ) -> None:
         self.model = model
         self.calls: list[AttentionCall] = []
         self.audit = AuditCount()
         self.frames: list[Frame] = []
         self.lost: set[str] = set()
         self.entered: set[str] = set()
-        self._names = {id(module): _plain_name(name) for name, module in model.named_modules()}
+        self._names = {id(module): _plain_name(name) for name, module in named}
         self._on_call = on_call
         self.total = 0
         self._numbers: Counter[str] = Counter()
         self.padded_shape: torch.Size | None = None
         self.origin_of: Callable[[Tensor], int | None] = lambda _: None
+        # Each tells whether a tap or the audit follows a tensor, so that what is done with it matters.
+        self.followers: list[Callable[[Tensor], bool]] = []
         self._counted: set[int] = set()
         self._missed: dict[int, tuple[str, str]] = {}
         self._inside = 0
@@ -212,7 +219,7 @@ def observing() -> tuple[Recording, ...]:
 
 def _plain_name(name: str) -> str:
     """The name without the wrapper that `torch.compile` puts around a module."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part != "_orig_mod") if "_orig_mod" in name else name
 
 
 def _keepable(call: AttentionCall) -> AttentionCall:
