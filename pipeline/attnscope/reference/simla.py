@@ -5,8 +5,8 @@ encode text alone (without looking), text with image, and image with text: then 
 slowly moving copy of everything gives soft targets, and what it made of earlier batches are further negatives.
 
 In small: three layers each instead of twelve, patches' codes from k-means instead of a discrete autoencoder, mid-grey
-pixels for masked patches; the temperature is learned as its logarithm, since steps a hundred times as large as the
-paper's would take it to its bound at once. Its own: unit logits from the image encoder (see `lessons`).
+pixels for masked patches; the temperature is learned as its logarithm, of which the steps that small models need are
+small parts. Its own: unit logits from the image encoder (see `lessons`).
 """
 
 import math
