@@ -7,12 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from attnscope.reference.pairs import TOKENIZERS
-from attnscope.reference.training import LESSONS, RECIPES, Recipe
-
-
-class ReferenceError(ValueError):
-    """A model that can't be made; the message is one sentence."""
-
+from attnscope.reference.training import LESSONS, RECIPES, Recipe, ReferenceError
 
 # What a value must be, where the field's own value is of a kind.
 _KINDS: dict[type, tuple[type, ...]] = {

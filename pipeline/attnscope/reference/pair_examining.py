@@ -10,7 +10,7 @@ from attnscope.reference.learners import Retriever, Text
 from attnscope.reference.lessons import mask_words_at_random, trimmed
 from attnscope.reference.pairs import Pairs
 
-_BATCH = 256
+_BATCH = 64
 _MASK_SEED = 0
 
 
@@ -33,10 +33,11 @@ def examine_pair_words(learner: Text, pairs: Pairs) -> dict[str, Items]:
     shown, asked = mask_words_at_random(words, learner.config.vocab_size, rng)
     found, bits, rows = [], [], []
     for at in _batches(len(pairs)):
-        logits = learner.words(learner.encode(trimmed(shown[at]), learner.see(pairs, at))).cpu().double()
+        logits = learner.words(learner.encode(trimmed(shown[at]), learner.see(pairs, at)))
         row, token = np.nonzero(asked[at][:, : logits.shape[1]])
         truth = torch.from_numpy(words[at][row, token])
-        chosen = logits[row, token]
+        # The vocabulary is large: the logits of all tokens aren't copied.
+        chosen = logits[row, token].cpu().double()
         found.append((chosen.argmax(-1) == truth).double().numpy())
         bits.append(-chosen.log_softmax(-1).gather(1, truth[:, None])[:, 0].numpy() / np.log(2))
         rows.append(at[row])

@@ -32,17 +32,18 @@ def train_spread(recipe: Recipe, seed: int, folder: Path, listener: Listener | N
     """
     context = get_context("spawn")
     with TemporaryDirectory() as meeting:
-        started, pipes = [], []
-        for number in range(recipe.processes):
-            receiver, sender = context.Pipe(duplex=False)
-            arguments = (recipe, seed, folder, Share(number, recipe.processes), str(Path(meeting) / "meet"), sender)
-            process = context.Process(target=_work, args=arguments, daemon=True)
-            process.start()
-            # Closed here, its end is the end of the process.
-            sender.close()
-            started.append(process)
-            pipes.append(receiver)
+        started: list[BaseProcess] = []
+        pipes: list[Connection] = []
         try:
+            for number in range(recipe.processes):
+                receiver, sender = context.Pipe(duplex=False)
+                arguments = (recipe, seed, folder, Share(number, recipe.processes), str(Path(meeting) / "meet"), sender)
+                process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
+                process.start()
+                # Closed here, its end is the end of the process.
+                sender.close()
+                started.append(process)
+                pipes.append(receiver)
             _listen(started, pipes, listener)
         finally:
             for process in started:
@@ -64,7 +65,7 @@ def _listen(started: Sequence[BaseProcess], pipes: Sequence[Connection], listene
             running.remove(pipe)
             process = started[pipes.index(pipe)]
             process.join(_GRACE)
-            if process.exitcode:
+            if process.exitcode or isinstance(said, Exception):
                 raise _cause(started, said, running)
 
 

@@ -46,6 +46,10 @@ from attnscope.reference.sharing import ALONE, Share
 from attnscope.reference.simla import Simla
 
 
+class ReferenceError(ValueError):
+    """A model that can't be made; the message is one sentence."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How one model is trained.
@@ -292,6 +296,9 @@ class Training:
         self.learner.eval()
         self._state.figures = self._figures(self._validation)
         self.learner.train()
+        if unknown := sorted(self.recipe.goals.keys() - self._state.figures.keys()):
+            known = ", ".join(self._state.figures)
+            raise ReferenceError(f"goal {unknown[0]!r} is no figure of {self.recipe.model}; its figures are {known}")
         reached = all(self._state.figures[name] >= goal for name, goal in self.recipe.goals.items())
         if self.recipe.goals and reached and self._state.decay_from is None:
             self._state.decay_from = self._state.step

@@ -286,6 +286,17 @@ def test_cuda_without_a_device_is_refused() -> None:
         recipe_of("clip", {"device": "cuda"})
 
 
+def test_a_goal_that_is_no_figure_is_refused(photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ReferenceError, match="goal 'accuracy' is no figure of clip; its figures are image_to_text_r1"):
+        making.train(recipe("clip", photographs, goals={"accuracy": 0.5}), 0, str(tmp_path))
+
+
+def test_the_rate_falls_when_goals_on_samples_are_reached(photographs: Path, tmp_path: Path) -> None:
+    receipt = making.train(recipe("clip", photographs, steps=90, goals={"image_to_text_r5": 0.5}), 0, str(tmp_path))
+    # Among two, each is within the first five: reached at the first examination.
+    assert receipt["steps"] == 3 + 4
+
+
 def test_fewer_samples_than_a_batch_are_refused(photographs: Path, tmp_path: Path) -> None:
     with pytest.raises(SampleError, match="leave 20 to learn from, fewer than a batch of 128"):
         making.train(recipe("clip", photographs, batch=0), 0, str(tmp_path))
