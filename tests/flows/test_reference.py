@@ -51,8 +51,9 @@ def test_the_card_is_an_artifact(tmp_path: Path) -> None:
 
     train_flow("text", str(tmp_path), 1, SHORT, scenes=8)
     with get_client(sync_client=True) as client:
-        cards = [a for a in client.read_artifacts() if a.key == "reference-text"]
-    assert cards and str(cards[0].data).startswith("# reference:text")
+        cards = [str(a.data) for a in client.read_artifacts() if a.key == "reference-text"]
+    # Other trainings of the same server may have left theirs.
+    assert any(card.startswith("# reference:text") for card in cards)
 
 
 def test_a_training_that_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -172,8 +172,10 @@ def test_what_is_drawn_depends_on_the_words_alone_that_are_not_gone(corpus: Corp
     assert isinstance(learner, Painter)
     words, layout = trimmed(corpus.words[SCENES]), Layout.of(corpus, SCENES)
     gone = torch.zeros(words.shape, dtype=torch.bool)
-    assert (learner.draw(words, layout) == draw_all(learner, corpus)).all()
-    assert (learner.draw(words, layout, gone) == draw_all(learner, corpus)).all()
+    whole = draw_all(learner, corpus).astype(int)
+    for drawn in (learner.draw(words, layout), learner.draw(words, layout, gone)):
+        # In batches of another size, a colour may be rounded to the next level.
+        assert np.abs(drawn - whole).max() <= 1 and (drawn == whole).mean() > 0.999
     gone[:, 1:] = True
     places, _ = layout.place(every_pixel().expand(len(SCENES), -1, -1))
     attention, _ = learner.attend(words, places, gone)
