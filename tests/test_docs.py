@@ -1,6 +1,7 @@
 """The pages of docs/ say what the code says."""
 
 import inspect
+import json
 import re
 import shlex
 from pathlib import Path
@@ -82,3 +83,15 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_the_tables_of_trained_scores_are_those_of_their_measurements() -> None:
+    from attnscope.reference.score_tables import summary
+
+    page = (DOCS / "alignment-training.md").read_text()
+    tables = sorted((DOCS / "alignment-training").glob("*.json"))
+    assert tables
+    for file in tables:
+        table = json.loads(file.read_text())
+        assert summary(table).strip() in page, file.name
+        assert f"### `{table['setting']}`" in page
