@@ -14,6 +14,7 @@ from attnscope.reference.lessons import trimmed, units_of, units_showing
 
 _BATCH = 256
 GALLERY = 256
+_RANKS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,16 @@ def examine_units(learner: JointLearner, corpus: Corpus, *, words_masked: bool =
         where.append(rows[at][row])
     scene = np.concatenate(where)
     return {"accuracy": Items(np.concatenate(right), scene), "bits": Items(np.concatenate(bits), scene)}
+
+
+def recalls(scores: np.ndarray) -> dict[str, np.ndarray]:
+    """Whether each partner is among the best 1, 5, 10, both ways, by scores (image, text) of pairs in order."""
+    found: dict[str, np.ndarray] = {}
+    for way, table in (("image_to_text", scores), ("text_to_image", scores.T)):
+        # Of equals, the partner comes last.
+        ranks = (table >= np.diag(table)[:, None]).sum(1)
+        found |= {f"{way}_r{rank}": (ranks <= rank).astype(float) for rank in _RANKS}
+    return found
 
 
 @torch.no_grad()

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from attnscope.reference.examining import Items
+from attnscope.reference.examining import Items, recalls
 from attnscope.reference.learners import Retriever, Text
 from attnscope.reference.lessons import mask_words_at_random, trimmed
 from attnscope.reference.pairs import Pairs
-from attnscope.reference.simla_examining import recalls
 
 _BATCH = 64
 _MASK_SEED = 0

@@ -8,24 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from attnscope.reference.corpus import CLS, MASK, SEP, SIDE, Corpus, build_corpus
-from attnscope.reference.examining import GALLERY, Items, batches, examine_retrieval, examine_words
+from attnscope.reference.examining import GALLERY, Items, batches, examine_retrieval, examine_words, recalls
 from attnscope.reference.learners import Seen
 from attnscope.reference.lessons import Texts, trimmed
 from attnscope.reference.simla import Simla
 from attnscope.reference.weights import read_learner
 
-_RANKS = (1, 5, 10)
 _LEAST_OVERLAP = 0.5
-
-
-def recalls(scores: np.ndarray) -> dict[str, np.ndarray]:
-    """Whether each partner is among the best 1, 5, 10, both ways, by scores (image, text) of pairs in order."""
-    found: dict[str, np.ndarray] = {}
-    for way, table in (("image_to_text", scores), ("text_to_image", scores.T)):
-        # Of equals, the partner comes last.
-        ranks = (table >= np.diag(table)[:, None]).sum(1)
-        found |= {f"{way}_r{rank}": (ranks <= rank).astype(float) for rank in _RANKS}
-    return found
 
 
 @torch.no_grad()

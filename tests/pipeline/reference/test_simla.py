@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from attnscope.reference.corpus import PAD, Corpus, build_corpus
+from attnscope.reference.examining import recalls
 from attnscope.reference.lessons import draw_scenes, trimmed
 from attnscope.reference.making import recipe_of
 from attnscope.reference.simla import CODES, QUEUE, Simla, fit_codes, shrunk_patches
-from attnscope.reference.simla_examining import box_scores, grad_cam, overlaps, recalls
+from attnscope.reference.simla_examining import box_scores, grad_cam, overlaps
 from attnscope.reference.simla_lessons import (
     LOSSES,
     contrast,
