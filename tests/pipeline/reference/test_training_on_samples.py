@@ -215,12 +215,14 @@ def test_several_processes_that_were_killed_go_on_to_the_same_weights(photograph
     command += ["--samples", str(tmp_path / "data"), "--processes", "2", "--out", str(tmp_path / "cut")]
     command += [f"--recipe={field}={value}" for field, value in options.items()]
     first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "cut" / "training" / "checkpoint.safetensors").is_file():
-        assert first.poll() is None
-        time.sleep(0.01)
-    others = psutil.Process(first.pid).children(recursive=True)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    try:
+        while not (tmp_path / "cut" / "training" / "checkpoint.safetensors").is_file():
+            assert first.poll() is None
+            time.sleep(0.01)
+        others = psutil.Process(first.pid).children(recursive=True)
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
     # Those that it started end by themselves.
     _, alive = psutil.wait_procs(others, timeout=60)
     assert not alive
