@@ -169,7 +169,8 @@ class Simla(Streams, JointLearner):
         return self.log_temperature.exp()
 
     def keep(self, images: Tensor, texts: Tensor) -> None:
-        """Put vectors (sample, channel) into the queues in the place of the oldest."""
+        """Put vectors (sample, channel) into the queues in the place of the oldest; of more than a queue, the last."""
+        images, texts = images[-QUEUE:], texts[-QUEUE:]
         at = (int(self.queue_place) + torch.arange(len(images), device=images.device)) % QUEUE
         self.image_queue[at], self.text_queue[at] = images, texts
         self.queue_place.fill_((int(self.queue_place) + len(images)) % QUEUE)

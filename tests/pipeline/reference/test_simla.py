@@ -210,6 +210,9 @@ def test_the_momentum_copy_follows_slowly_and_the_queue_forgets_the_oldest(corpu
         learner.keep(torch.full((QUEUE // 2 + 1, 64), value), torch.full((QUEUE // 2 + 1, 64), value))
     assert (learner.image_queue[:, 0] == 2).sum() == QUEUE // 2 + 1
     assert (learner.image_queue[:2, 0] == 2).all() and (learner.image_queue[2 : QUEUE // 2 + 1, 0] == 1).all()
+    # Of a batch that is larger than the queue, the last are kept.
+    learner.keep(torch.arange(QUEUE + 3.0)[:, None].expand(-1, 64), torch.zeros(QUEUE + 3, 64))
+    assert sorted(learner.image_queue[:, 0].tolist()) == [*range(3, QUEUE + 3)]
 
 
 def test_temperature_stays_in_its_bounds(corpus: Corpus) -> None:
