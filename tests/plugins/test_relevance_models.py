@@ -673,14 +673,15 @@ def test_weights_of_a_mapper_have_chefer_and_rollout_as_limits(head: str, monkey
     events = plain._events(run)
     sizes = {name: len(run.tokens(name)["token"]) for name in run.streams}
     layers = sum(e.queries == e.keys == "text" for e in events)
+    maps = {event: heads_mean(run, event) for event in events}
     for row in np.eye(sizes["text"]):
         # Where both terms are halved, and the map is the attention itself, it is rollout.
-        even = walking.Walk(events, lambda e: heads_mean(run, e), sizes).rows("text", row)["text"] / 2**layers
-        rolled_out = walking.roll_out(walking.Walk(events, lambda e: heads_mean(run, e), sizes), "text", row)["text"]
-        np.testing.assert_allclose(even, rolled_out, rtol=1e-6)
+        walk = walking.Walk(events, maps.__getitem__, sizes)
+        even = walk.rows("text", row)["text"] / 2**layers
+        np.testing.assert_allclose(even, walking.roll_out(walk, "text", row)["text"], rtol=1e-6)
         # Where the residual has all the weight, nothing is passed on.
         alone = walking.Walk(
-            events, lambda e: heads_mean(run, e) + 1, sizes, lambda e: np.full(sizes[e.queries], 2.0)
+            events, lambda event: maps[event] + 1, sizes, lambda event: np.full(sizes[event.queries], 2.0)
         ).rows("text", row)
         np.testing.assert_allclose(alone["text"], 2**layers * row)
         assert not any(np.any(values) for name, values in alone.items() if name != "text")
