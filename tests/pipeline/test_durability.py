@@ -203,10 +203,11 @@ def test_fifty_kills_lose_only_what_was_in_flight(nursery: Nursery, undisturbed:
         now = written_at(out)
         for block, times in before.items():
             assert times[0] == 0 or now[block] == times, f"block {block} was finished, and written again"
-        marked = [i for i, (mark, _) in now.items() if mark]
+        begun = [i for i, (mark, values) in now.items() if mark or values]
         in_flight = [i for i, (mark, values) in now.items() if values and not mark]
-        assert marked == list(range(len(marked)))
-        assert in_flight in ([], [len(marked)])
+        assert begun == list(range(len(begun)))
+        # The block that the model is at, and the one whose last jobs the writer still does.
+        assert len(in_flight) <= 2 and in_flight == begun[len(begun) - len(in_flight) :]
         before = now
         kills += ended == [9]
         if ended == [0]:
