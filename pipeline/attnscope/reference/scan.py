@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attnscope.reference.alignments import OWN, Score
 from attnscope.reference.corpus import PAD, Corpus
-from attnscope.reference.examining import GALLERY, Items
+from attnscope.reference.examining import GALLERY, Items, recalls
 from attnscope.reference.learners import Learner, UnitClassifier
 from attnscope.reference.lessons import HARD_SHARE, UNIT_WEIGHT, draw_scenes, trimmed, unit_loss
 from attnscope.reference.readers import WIDTH, RegionReader, TextReader, see_regions
@@ -121,12 +121,9 @@ def hinge(likeness: Tensor) -> Tensor:
 
 @torch.no_grad()
 def examine_scan(learner: Scan, corpus: Corpus) -> dict[str, Items]:
-    """R@1, R@5 and R@10 both ways among 256 scenes, or all if there are fewer, and the classes of regions.
-
-    A right text or image is found when fewer others than so many are likelier; a tie counts for the right one.
-    """
+    """R@1, R@5 and R@10 both ways among 256 scenes, or all if there are fewer, and the classes of regions."""
     size = min(GALLERY, len(corpus))
-    ranks: dict[str, list[Tensor]] = {"image_to_text": [], "text_to_image": []}
+    hits: dict[str, list[np.ndarray]] = {}
     logits = []
     for start in range(0, len(corpus) - size + 1, size):
         scenes = np.arange(start, start + size)
@@ -135,14 +132,9 @@ def examine_scan(learner: Scan, corpus: Corpus) -> dict[str, Items]:
         words = trimmed(corpus.words[scenes])
         texts = learner.embed_texts(words)
         parts = [learner.meet(w, t, images).likeness for w, t in zip(words.split(32), texts.split(32), strict=True)]
-        likeness = torch.cat(parts)
-        right = likeness.diagonal()
-        ranks["image_to_text"].append((likeness > right).sum(0))
-        ranks["text_to_image"].append((likeness > right[:, None]).sum(1))
-    result: dict[str, Items] = {}
-    for way, found in ranks.items():
-        rank = torch.cat(found).numpy()
-        result |= {f"{way}_at_{most}": Items((rank < most).astype(float), np.arange(len(rank))) for most in (1, 5, 10)}
-    scene, region = np.nonzero(corpus.region_things[: len(rank)] >= 0)
+        for name, found in recalls(torch.cat(parts).T.numpy()).items():
+            hits.setdefault(name.replace("_r", "_at_"), []).append(found)
+    result = {name: Items(np.concatenate(found), np.arange(sum(map(len, found)))) for name, found in hits.items()}
+    scene, region = np.nonzero(corpus.region_things[: len(logits) * size] >= 0)
     right_class = torch.cat(logits).argmax(-1).numpy()[scene, region] == corpus.regions[scene, region]
     return result | {"regions": Items(right_class.astype(float), scene)}
