@@ -4,8 +4,8 @@
 
 Each case runs the contenders one after the other, round after round, in one process, and gives medians and the ratio
 of medians; peak memory is that of a process of its own for each contender. Weights are random and wide. Wall time of
-extraction is that of the blocks, writing to disk included; what a run pays once (digest of the weights, probe, plan)
-stands beside it.
+extraction is that of the blocks, writing to disk included; what a run pays once (digest of the weights, probe, plan,
+making the run) stands below it.
 """
 
 import argparse
@@ -24,9 +24,12 @@ import torch
 import transformers
 
 from attnscope import ExtractSpec, extract
+from attnscope.extraction import Extraction
 
 Batches = list[dict[str, torch.Tensor]]
 SPEC = ExtractSpec(summaries=False)
+ONCE: list[float] = []
+"""Seconds that each extraction spent before its first block."""
 
 
 def wide(model: torch.nn.Module) -> torch.nn.Module:
@@ -67,7 +70,7 @@ def bert(batch: int, batches: int, tokens: int = 128) -> tuple[torch.nn.Module, 
 
 CASES: dict[str, Callable[[], tuple[torch.nn.Module, Batches]]] = {
     "ViT-B/16, batch 8": lambda: vit(8, 6),
-    "ViT-B/16, batch 1": lambda: vit(1, 8),
+    "ViT-B/16, batch 1": lambda: vit(1, 16),
     "decoder, 2048 tokens, batch 1": lambda: decoder(1, 1),
     "BERT-base, 128 tokens, batch 8": lambda: bert(8, 3),
 }
@@ -86,12 +89,14 @@ def extracted(model: torch.nn.Module, batches: Batches, folder: Path) -> float:
     """Seconds of extraction into a run on disk, from the first block to the end."""
     begun: list[float] = []
 
-    def listen(progress: object) -> None:
-        if progress.stage == "plan":  # type: ignore[attr-defined]
-            begun.append(time.perf_counter())
+    def drive(extraction: Extraction) -> None:
+        begun.append(time.perf_counter())
+        extraction.finish()
 
+    started = time.perf_counter()
     size = len(next(iter(batches[0].values())))
-    extract(model, batches, out=folder / "run.zarr", spec=SPEC, batch_size=size, progress=listen)
+    extract(model, batches, out=folder / "run.zarr", spec=SPEC, batch_size=size, drive=drive)
+    ONCE.append(begun[-1] - started)
     return time.perf_counter() - begun[-1]
 
 
@@ -155,6 +160,7 @@ PEERS = {"nnsight": nnsight_trace, "transformer_lens": transformer_lens_cache}
 def timed(case: str, contenders: dict[str, Callable[..., float]], rounds: int) -> None:
     """Print medians of the contenders, interleaved, and their ratios to the first."""
     model, batches = CASES[case]()
+    ONCE.clear()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, run in contenders.items():
@@ -171,6 +177,7 @@ def timed(case: str, contenders: dict[str, Callable[..., float]], rounds: int) -
     for name, median in medians.items():
         spread = f"{min(seconds[name]):.2f} to {max(seconds[name]):.2f}"
         print(f"  {name:32} {median:8.2f} s  ({spread})  {median / first:5.2f} x bare")
+    print(f"  before its first block, extract takes {statistics.median(ONCE):.2f} s once")
 
 
 def peak_memory(case: str) -> None:
@@ -201,6 +208,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--case", choices=CASES)
     parser.add_argument("--peak", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     if arguments.peak:
@@ -209,7 +217,7 @@ def main() -> None:
     for case in [arguments.case] if arguments.case else CASES:
         peers = {n: f for n, f in PEERS.items() if "BERT" in case and importlib.util.find_spec(n)}
         timed(case, CONTENDERS | peers, arguments.rounds)
-        peak_memory(case)
+        if not arguments.quick: peak_memory(case)
 
 
 if __name__ == "__main__":

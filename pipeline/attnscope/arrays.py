@@ -1,5 +1,6 @@
 """The arrays of a run: which ones a plan asks for, how they are cut into chunks and shards, what they say."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 
@@ -163,7 +164,7 @@ def _chunks(
 def _tile_chunks(shape: tuple[int, ...], unit: int, itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     """Chunk near 128 KiB, cut across heads and query rows alike, so that few of either are read without the others.
 
-    The shard is filled up to whole chunks of rows.
+    A chunk has rows enough for a multiple of 8 numbers, and the shard is filled up to whole chunks.
     """
     _, _, heads, queries, keys = shape
     samples, together, rows = unit, heads, queries
@@ -174,6 +175,9 @@ def _tile_chunks(shape: tuple[int, ...], unit: int, itemsize: int) -> tuple[tupl
             rows = -(-rows // 2)
         else:
             together = _next_divisor(heads, together)
+    # A bit shuffle leaves the end of what is not a multiple of 8 numbers as it is.
+    step = 8 // math.gcd(8, samples * together * keys)
+    rows = -(-rows // step) * step
     chunk = (samples, 1, together, rows, keys)
     block = (unit, 1, heads, -(-queries // rows) * rows, keys)
     return chunk, None if chunk == block else block
@@ -209,4 +213,8 @@ def write_layers(group: zarr.Group, site: SitePlan) -> None:
 
 
 def write_numbers(group: zarr.Group, name: str, numbers: np.ndarray) -> None:
-    group.create_array(name, data=numbers, dimension_names=(name,), compressors=COMPRESSORS, overwrite=True)
+    # The number of a single layer or head is 0, which zarr would leave away.
+    group.create_array(
+        name, data=numbers, dimension_names=(name,), compressors=COMPRESSORS, overwrite=True,
+        config={"write_empty_chunks": True},
+    )  # fmt: skip

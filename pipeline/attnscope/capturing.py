@@ -24,6 +24,7 @@ from attnscope.quantities import (
 from attnscope.ragged import without_padding
 from attnscope.recipes import RuleReader, proved_rows, recipe_of
 from attnscope.recording import AttentionCall
+from attnscope.recording.bystanders import modes_aside
 from attnscope.recording.calls import unseen
 from attnscope.run import Run
 from attnscope.summaries import Kinds, Summaries, TokenKinds
@@ -110,8 +111,17 @@ class Taker:
         beside: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         found = self._places.find(call)
-        if found is None:
-            return
+        if found is not None:
+            with modes_aside(call):
+                self._take(call, found, gradient, beside)
+
+    def _take(
+        self,
+        call: AttentionCall,
+        found: tuple[str, int, bool],
+        gradient: torch.Tensor | None,
+        beside: Mapping[str, torch.Tensor] | None,
+    ) -> None:
         site, layer, is_part = found
         plan = self._run.plan.sites[site]
         if is_part:

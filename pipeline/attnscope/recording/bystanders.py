@@ -7,6 +7,8 @@ audit is on, by code that is torch's own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import activations
 from transformers.pytorch_utils import Conv1D
 
-from attnscope.recording.state import Recording
+from attnscope.recording.calls import AttentionCall
+from attnscope.recording.state import ACTIVE, Recording
 
 # By their very type: a subclass may do anything in its forward.
 _TYPES = frozenset({
@@ -30,9 +33,29 @@ def stands_by(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     if type(module) not in _TYPES or len(args) != 1 or kwargs or type(args[0]) is not Tensor or not _is_plain(module):
         return False
     audits = 0 if recording.audit.ran is None else 1
-    if torch._C._len_torch_function_stack() != 1 or torch._C._len_torch_dispatch_stack() != audits:
+    if not _no_other_modes(1, audits):
         return False
     return not any(follows(args[0]) for follows in recording.followers)
+
+
+def _no_other_modes(taps: int, audits: int) -> bool:
+    return torch._C._len_torch_function_stack() == taps and torch._C._len_torch_dispatch_stack() == audits
+
+
+@contextmanager
+def modes_aside(call: AttentionCall) -> Iterator[None]:
+    """Run what is computed from a call without the recordings' own modes, which would pass over it piece by piece.
+
+    Other modes stay, and so does everything where a tensor of the call is of another type than torch's own.
+    """
+    active = ACTIVE.get()
+    audits = sum(each.audit.ran is not None for each in active)
+    plain = all(type(each) in (Tensor, nn.Parameter) for each in vars(call).values() if isinstance(each, Tensor))
+    if active and plain and _no_other_modes(len(active), audits):
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+            yield
+    else:
+        yield
 
 
 def _is_plain(module: nn.Module) -> bool:

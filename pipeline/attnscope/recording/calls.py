@@ -10,7 +10,7 @@ float32, without a graph, and block by block where the result is smaller than th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -167,7 +167,8 @@ class AttentionCall:
         with quietly():
             if self.probabilities is not None:
                 return (self.probabilities > 0).any(dim=-1)
-            blocks = [self._any_allowed(rows) for rows in self._row_blocks()]
+            # Without a rule there is nothing to be looked up row by row.
+            blocks = [self._any_allowed(rows) for rows in (self._row_blocks() if self._has_rules else [slice(0, 1)])]
             valid = blocks[0] if blocks[0].shape[2] == 1 else torch.cat(blocks, dim=2)
             return valid if self.rows_computed is None else valid & self.rows_computed[:, None]
 
@@ -271,10 +272,15 @@ class AttentionCall:
 
     def _empty_rows(self, rows: Index, heads: Index) -> Tensor | None:
         """Which rows have no valid key, bool, broadcastable to (batch, head, rows); None: no rule masks anything."""
-        if self.mask is None and self.bias is None and not self.causal and self.window is None:
+        if not self._has_rules:
             return None
         empty = ~self._any_allowed(rows)
         return empty if empty.shape[1] == 1 else empty[:, heads]
+
+    @property
+    def _has_rules(self) -> bool:
+        """Whether anything may keep a query from a key."""
+        return self.mask is not None or self.bias is not None or self.causal or self.window is not None
 
     def _any_allowed(self, rows: Index) -> Tensor:
         """Which rows have a key that no rule masks: bool, broadcastable to (batch, head, rows)."""
@@ -295,11 +301,10 @@ def _selection(index: Index) -> Index:
     return slice(index, index + 1 or None) if isinstance(index, int) else index
 
 
-@contextmanager
-def _full_precision(tensor: Tensor) -> Iterator[None]:
+def _full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """Keep an enclosing autocast from narrowing float32 products."""
-    with torch.autocast(device_type=tensor.device.type, enabled=False):
-        yield
+    kind = tensor.device.type
+    return torch.autocast(device_type=kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _grouped_product(left: Tensor, right: Tensor, heads: Index, head_count: int) -> Tensor:
