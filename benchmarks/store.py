@@ -3,7 +3,8 @@
     python benchmarks/store.py [--rounds 5] [--samples 16] [--warm] [--only bytes|queries|summaries]
 
 Bytes are of models with random weights, wide enough that attention isn't uniform, of 12 heads of 64 channels; two
-layers are run, and the bytes scaled to twelve. Text is real: all-MiniLM-L6-v2 over English sentences.
+layers are run, and the bytes scaled to twelve. Trained weights stand beside them: DINOv2-small (6 heads) over a
+photograph of 14 x 14 patches, and all-MiniLM-L6-v2 over English sentences.
 
 Queries are asked of a run that holds sharp synthetic attention of ViT-B's size (12 layers, 12 heads, 197 tokens: CLS,
 149 patches, 47 words), and of one file a sample that torch saved of the same weights, float32 as a model gives them.
@@ -29,7 +30,8 @@ import zarr
 from numpy.testing import assert_array_equal
 
 from attnscope import ExtractSpec, Sample, chunks, extract, open_run
-from attnscope.embedded import embedded_sentences
+from attnscope.embedded import embedded_photographs, embedded_sentences
+from attnscope.loading import load_model
 from attnscope.plan import RunPlan, SitePlan
 from attnscope.quantities import SUMMARIES
 from attnscope.questions import strongest_edges
@@ -60,6 +62,15 @@ def vision(pixels: int) -> tuple[torch.nn.Module, Inputs]:
     return wide(transformers.ViTModel(config, add_pooling_layer=False)), {"pixel_values": images}
 
 
+def trained_vision() -> tuple[torch.nn.Module, Inputs]:
+    """DINOv2-small, whose positions are interpolated to 196 pixels, and one photograph."""
+    loaded = load_model("embedded:dinov2-small")
+    picture = embedded_photographs()[0].load_image()
+    size = {"height": 196, "width": 196}
+    inputs = loaded.image_processor(picture, size=size, do_center_crop=False, return_tensors="pt")
+    return loaded.model, dict(inputs)
+
+
 def decoder(tokens: int) -> tuple[torch.nn.Module, Inputs]:
     config = transformers.LlamaConfig(
         hidden_size=768, intermediate_size=2048, num_hidden_layers=RUN_LAYERS, num_attention_heads=HEADS,
@@ -78,6 +89,7 @@ def encoder(tokens: int) -> tuple[torch.nn.Module, Inputs]:
 
 MODELS: dict[str, Callable[[], tuple[torch.nn.Module, Inputs]]] = {
     "ViT-B/16, 197 tokens": lambda: vision(224),
+    "DINOv2-small, trained, 197 tokens": trained_vision,
     "ViT-B/16, 577 tokens": lambda: vision(384),
     "BERT-base, 1024 tokens": lambda: encoder(1024),
     "BERT-base, 2048 tokens": lambda: encoder(2048),
@@ -99,7 +111,7 @@ def measure_bytes() -> None:
     rows = []
     for name, make in MODELS.items():
         model, inputs = make()
-        scale = LAYERS / RUN_LAYERS
+        scale = LAYERS / model.config.num_hidden_layers
         rows.append(_row(name, _saved(model, inputs) * scale, _runs(model, [inputs]), 1 / scale))
     model, texts = "embedded:minilm", _paragraphs()
     longest = max(len(t.split()) for t in texts)
@@ -131,6 +143,7 @@ def _saved(model: torch.nn.Module, inputs: Inputs) -> float:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         one = {k: v[:1] for k, v in inputs.items()}
         torch.save(model(**one, output_attentions=True).attentions, Path(folder) / "a.pt")
+        model.set_attn_implementation("sdpa")  # type: ignore[operator]
         return (Path(folder) / "a.pt").stat().st_size
 
 
