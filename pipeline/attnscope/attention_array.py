@@ -6,6 +6,7 @@ rows without a valid key come back as NaN.
 """
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,10 +33,16 @@ _HALF_TO_FLOAT = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.fl
 
 
 def to_float32(values: np.ndarray) -> np.ndarray:
-    """Any stored precision as float32: bfloat16 from its bits, half by a table (several times numpy's speed)."""
+    """Any stored precision as float32: bfloat16 from its bits; half by torch or a table, not by numpy's slow cast.
+
+    torch takes a fiftieth of the table's time, but more to be loaded than most questions to be answered.
+    """
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32)
     if values.dtype == np.float16:
+        torch = sys.modules.get("torch")
+        if torch is not None and values.flags.writeable:
+            return torch.from_numpy(values).float().numpy()
         return _HALF_TO_FLOAT[values.view(np.uint16)]
     return values.astype(np.float32, copy=False)
 

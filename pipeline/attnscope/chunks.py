@@ -8,11 +8,12 @@ at once, and threads decode them. Whatever is stored in another way is left to z
 import asyncio
 import math
 import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import google_crc32c
 import numpy as np
@@ -31,7 +32,8 @@ _THREADS = 4
 _WORTH_THREADS = 2**21
 Place = tuple[int, ...]
 Content = bytes | memoryview
-_Get = Callable[..., Awaitable[Content | None]]
+_Found = TypeVar("_Found")
+_Fetched = list[tuple[Place, Content | None]]
 
 
 class BrokenChunk(ValueError):
@@ -93,7 +95,8 @@ def read_part(array: zarr.Array, index: slice | tuple[slice, ...]) -> np.ndarray
     if not result.size:
         return result
     wanted = list(_objects(array, layout, region))
-    found = sync(_fetched(array.store, layout, wanted))
+    fetched = _fetched(array.store, layout, wanted)
+    found = _without_waiting(fetched) if _is_local(array.store) else sync(fetched)
 
     def place(chunk: tuple[Place, Content | None]) -> None:
         origin, content = chunk
@@ -141,19 +144,28 @@ def _objects(array: zarr.Array, layout: Layout, region: Sequence[slice]) -> Iter
         yield _Wanted(f"{array.path}/{array.metadata.encode_chunk_key(place)}", first, list(product(*inside)))
 
 
-async def _fetched(store: Store, layout: Layout, wanted: Sequence[_Wanted]) -> list[tuple[Place, Content | None]]:
-    """The wanted chunks by where they begin in the array; None for one that isn't there."""
-    few = asyncio.Semaphore(zarr.config.get("async.concurrency"))
+class _Source:
+    """Objects of a store, many at once; of a folder one after another, since reading files never waits."""
 
-    async def get(key: str, part: ByteRequest | None = None) -> Content | None:
-        if type(store) is LocalStore:
-            # Hops between threads, as the store has them, take far longer than reading a file.
-            return _of_file(Path(store.root) / key, part)
-        async with few:
-            found = await store.get(key, default_buffer_prototype(), part)
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._few = asyncio.Semaphore(zarr.config.get("async.concurrency"))
+
+    async def get(self, key: str, part: ByteRequest | None = None) -> Content | None:
+        if _is_local(self._store):
+            return _of_file(Path(self._store.root) / key, part)  # type: ignore[attr-defined]
+        async with self._few:
+            found = await self._store.get(key, default_buffer_prototype(), part)
         return None if found is None else memoryview(found.to_bytes())
 
-    parts = await asyncio.gather(*(_of_object(get, layout, one) for one in wanted))
+    async def all(self, wanted: Iterable[Awaitable[_Found]]) -> list[_Found]:
+        return [await one for one in wanted] if _is_local(self._store) else await asyncio.gather(*wanted)
+
+
+async def _fetched(store: Store, layout: Layout, wanted: Sequence[_Wanted]) -> _Fetched:
+    """The wanted chunks by where they begin in the array; None for one that isn't there."""
+    source = _Source(store)
+    parts = await source.all(_of_object(source, layout, one) for one in wanted)
     return [
         (tuple(f + p * c for f, p, c in zip(one.first, place, layout.chunk, strict=True)), content)
         for one, contents in zip(wanted, parts, strict=True)
@@ -161,13 +173,26 @@ async def _fetched(store: Store, layout: Layout, wanted: Sequence[_Wanted]) -> l
     ]
 
 
-async def _of_object(get: _Get, layout: Layout, one: _Wanted) -> list[Content | None]:
+def _is_local(store: Store) -> bool:
+    return type(store) is LocalStore
+
+
+def _without_waiting(fetched: "Coroutine[None, None, _Fetched]") -> _Fetched:
+    """What is fetched without ever waiting, as files are: hops to zarr's event loop take far longer than reading."""
+    try:
+        fetched.send(None)
+    except StopIteration as done:
+        return done.value
+    raise RuntimeError("a file was waited for")
+
+
+async def _of_object(source: _Source, layout: Layout, one: _Wanted) -> list[Content | None]:
     if not layout.is_sharded:
-        return [await get(one.key)]
+        return [await source.get(one.key)]
     total = math.prod(layout.grid)
     length = 16 * total + 4
     whole = len(one.chunks) == total
-    content = await get(one.key, None if whole else SuffixByteRequest(length))
+    content = await source.get(one.key, None if whole else SuffixByteRequest(length))
     if content is None:
         return [None] * len(one.chunks)
     try:
@@ -179,10 +204,10 @@ async def _of_object(get: _Get, layout: Layout, one: _Wanted) -> list[Content | 
     spans = [(int(index[place][0]), int(index[place][1])) for place in one.chunks]
     if whole:
         return [None if offset == NO_CHUNK else content[offset : offset + size] for offset, size in spans]
-    return await _spans(get, one.key, spans)
+    return await _spans(source, one.key, spans)
 
 
-async def _spans(get: _Get, key: str, spans: Sequence[tuple[int, int]]) -> list[Content | None]:
+async def _spans(source: _Source, key: str, spans: Sequence[tuple[int, int]]) -> list[Content | None]:
     """Parts (offset, length) of an object; such as lie one behind another are read at once."""
     there = sorted({span for span in spans if span[0] != NO_CHUNK})
     groups: list[list[tuple[int, int]]] = []
@@ -191,7 +216,7 @@ async def _spans(get: _Get, key: str, spans: Sequence[tuple[int, int]]) -> list[
             groups[-1].append(span)
         else:
             groups.append([span])
-    contents = await asyncio.gather(*(get(key, RangeByteRequest(g[0][0], sum(g[-1]))) for g in groups))
+    contents = await source.all(source.get(key, RangeByteRequest(g[0][0], sum(g[-1]))) for g in groups)
     found: dict[tuple[int, int], Content | None] = {}
     for group, content in zip(groups, contents, strict=True):
         for offset, size in group:

@@ -24,7 +24,7 @@ from attnscope.whole_shards import ShardInParts
 _TILE_BYTES = {"cpu": 2**24, "cuda": 2**29}
 _QUEUE_LENGTH = 4
 # Of values that wait for their turn to be written: after each turn, the model's threads have to find together again.
-_GATHERED_BYTES = 2**25
+_GATHERED_BYTES = 2**26
 
 Place: TypeAlias = int | tuple[int, int]
 """The position of a layer, or those of a layer and a written token."""
@@ -84,7 +84,7 @@ class BlockWriter:
     sees its last job.
 
     Beside a model on a GPU, jobs run as they come. Where the model itself has all cores busy (`takes_turns`), some
-    32 MiB are gathered, and the model waits until all threads have done them: one thread beside it would make the
+    64 MiB are gathered, and the model waits until all threads have done them: one thread beside it would make the
     model's threads wait for each other at every step, and cost twice its own time (measured).
     """
 
