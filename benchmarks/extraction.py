@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--case", choices=CASES)
     parser.add_argument("--peak", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="leave peak memory out")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     if arguments.peak:
@@ -217,7 +217,8 @@ def main() -> None:
     for case in [arguments.case] if arguments.case else CASES:
         peers = {n: f for n, f in PEERS.items() if "BERT" in case and importlib.util.find_spec(n)}
         timed(case, CONTENDERS | peers, arguments.rounds)
-        if not arguments.quick: peak_memory(case)
+        if not arguments.quick:
+            peak_memory(case)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """From recorded calls to stored blocks: encode, gather a block, write it while the model goes on."""
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeAlias
