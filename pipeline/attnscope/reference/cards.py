@@ -101,7 +101,8 @@ def _samples_page(card: Mapping[str, Any]) -> str:
         "",
         _ABOUT_PAIRS[name],
         "",
-        f"{card['parameters']:,} parameters, trained with seed {card['seed']} on {samples['train']:,} samples of"
+        f"{card['parameters']:,} parameters{_attention(recipe)}, trained with seed {card['seed']} on"
+        f" {samples['train']:,} samples of"
         f" {samples['source']} (left out: {samples['left_out']:,}; texts that were cut: {samples['cut_texts']:,}), a"
         f" vocabulary of {samples['vocabulary']:,} {_PARTS[recipe['tokenizer']]}, {card['steps']:,} steps (the rate"
         f" fell from step {card['decay_from']:,}) in {recipe['dtype']} on {recipe['device']}, processes:"
@@ -120,12 +121,16 @@ def _samples_page(card: Mapping[str, Any]) -> str:
 
 _PARTS = {"words": "words", "wordpiece": "word pieces"}
 _ABOUT_PAIRS = {
+    "vilt": "Single stream: text and patches in one encoder (ViLT), trained on masked words and matching. Heads for"
+    " matching (the default) and masked words (`ViltForMaskedLM`).",
     "clip": "Two encoders that meet in the similarity (CLIP).",
     "text": "Texts alone (BERT, masked words), without images.",
     "simla": "One stream on several levels (SIMLA in small): BLIP's classes, an image encoder below a text encoder that"
     " looks at it, trained on contrast, matching, masked words, masked patches' codes and keywords.",
 }
 _PAIR_NOTES = {
+    "vilt": "15 % of the words are masked; 'words' says how many of them are told. 'matching' says how often an image's"
+    " own text is said to fit ('true') and another sample's not to ('other'); 'balanced' is their mean.",
     "clip": "Each says how often an image's own text (or a text's own image) is the first, or among the first 5 or 10,"
     " of all of these samples'.",
     "simla": "Each says how often an image's own text (or a text's own image) is the first, or among the first 5 or 10,"
@@ -136,6 +141,10 @@ _PAIR_NOTES = {
 
 def _score(recipe: Mapping[str, Any]) -> str:
     return f" --alignment {recipe['alignment']}" if recipe.get("alignment") else ""
+
+
+def _attention(recipe: Mapping[str, Any]) -> str:
+    return f", the score `{recipe['alignment']}` in its attention" if recipe.get("alignment") else ""
 
 
 def _table(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Sequence[str]:

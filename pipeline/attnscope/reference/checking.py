@@ -18,9 +18,10 @@ _KINDS: dict[type, tuple[type, ...]] = {
     tuple: (tuple, list),
 }
 # Fields that only models take which learn from samples, and of them those that generated scenes have one value of.
+_HOW = ("batch", "dtype", "device", "processes")
 _OPEN = (
     *("samples", "tokenizer", "vocabulary", "side", "patch", "width", "heads", "layers", "text_layers", "length"),
-    *("batch", "dtype", "device", "processes"),
+    *_HOW,
 )
 _OF_SAMPLES = ("tokenizer", "vocabulary", "side", "patch", "length")
 _CHOICES = {"tokenizer": TOKENIZERS, "dtype": ("float32", "bfloat16"), "device": ("cpu", "cuda")}
@@ -45,6 +46,12 @@ def check_values(recipe: Recipe) -> None:
         raise ReferenceError(
             f"{recipe.model} learns from generated scenes alone, at one size, in one process;"
             f" {able} take {changed[0]!r}"
+        )
+    own = [name for name in changed if name in _HOW and LESSONS[recipe.model].alone_on_scenes]
+    if own and not recipe.samples:
+        raise ReferenceError(
+            f"{recipe.model} learns from generated scenes at its own batch, in float32, in one process on the"
+            f" processor; name samples for another {own[0]!r}"
         )
     fixed = [name for name in changed if name in _OF_SAMPLES]
     if fixed and not recipe.samples:

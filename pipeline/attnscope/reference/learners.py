@@ -21,7 +21,6 @@ from attnscope.reference.captions import ANSWERS
 from attnscope.reference.corpus import (
     CLASSES,
     CLS,
-    GRID,
     LENGTH,
     PAD,
     PATCH,
@@ -222,25 +221,35 @@ def _extended(mask: Tensor) -> Tensor:
 class Vilt(JointLearner):
     """ViLT with heads for masked words, matching, answers, and the class of each patch."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: transformers.ViltConfig | None = None) -> None:
         super().__init__()
-        config = vilt_config()
+        self.config = config = config or vilt_config()
         words = transformers.ViltForMaskedLM(config)
         self.vilt = words.vilt
         self.mlm_score = words.mlm_score
         self.rank_output = transformers.ViltForImageAndTextRetrieval(config).rank_output
         self.classifier = transformers.ViltForQuestionAnswering(config).classifier
-        self.patch_classifier = UnitClassifier()
+        self.patch_classifier = UnitClassifier(config.hidden_size)
+        positions = smooth_positions(config.image_size // config.patch_size, config.hidden_size)
         with torch.no_grad():
-            self.vilt.embeddings.position_embeddings[0, 1:] = smooth_positions(GRID, _WIDTH)
+            self.vilt.embeddings.position_embeddings[0, 1:] = positions
 
-    def see(self, corpus: Corpus, scenes: np.ndarray) -> Seen:
-        return Seen(normalised(corpus.pixels[scenes]))
+    @classmethod
+    def of(cls, sizes: Sizes) -> "Vilt":
+        return cls(vilt_config(sizes))
+
+    @classmethod
+    def like(cls, folder: Path) -> "Vilt":
+        return cls(transformers.ViltConfig.from_pretrained(folder))
+
+    def see(self, corpus: Learnable, scenes: np.ndarray) -> Seen:
+        return Seen(normalised(corpus.pixels[scenes]).to(self.device))
 
     def hide(self, seen: Seen, units: Tensor) -> Seen:
         return hide_patches(seen, units)
 
     def encode(self, words: Tensor, seen: Seen) -> Hidden:
+        words = words.to(self.device)
         # The model's own forward shuffles the patches in a loop over samples; with every patch of every image real,
         # this is the same in fixed order.
         parts = self.vilt.embeddings
@@ -248,7 +257,7 @@ class Vilt(JointLearner):
         image = torch.cat([parts.cls_token.expand(len(patches), -1, -1), patches], 1) + parts.position_embeddings
         kinds = parts.token_type_embeddings.weight
         states = torch.cat([parts.text_embeddings(words) + kinds[0], image + kinds[1]], 1)
-        mask = torch.cat([words != PAD, torch.ones(image.shape[:2], dtype=torch.bool)], 1)
+        mask = torch.cat([words != PAD, torch.ones(image.shape[:2], dtype=torch.bool, device=words.device)], 1)
         states = self.vilt.encoder(states, attention_mask=_extended(mask)).last_hidden_state
         states = self.vilt.layernorm(states)
         count = words.shape[1]
@@ -427,18 +436,18 @@ _ANSWER_NAMES = dict(enumerate(ANSWERS))
 _ANSWER_IDS = {answer: number for number, answer in enumerate(ANSWERS)}
 
 
-def vilt_config() -> transformers.ViltConfig:
+def vilt_config(sizes: Sizes = WORLD) -> transformers.ViltConfig:
     return transformers.ViltConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=_WIDTH,
-        num_hidden_layers=_LAYERS,
-        num_attention_heads=_HEADS,
-        intermediate_size=4 * _WIDTH,
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.width,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        intermediate_size=4 * sizes.width,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        max_position_embeddings=LENGTH,
-        image_size=SIDE,
-        patch_size=PATCH,
+        max_position_embeddings=sizes.length,
+        image_size=sizes.side,
+        patch_size=sizes.patch,
         max_image_length=-1,
         pad_token_id=PAD,
         initializer_range=_INIT,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnscope.reference.captions import QUESTIONS
 from attnscope.reference.corpus import CLASSES, CLS, GROUND, MASK, NEGATIVES, PAD, ROLES, SEP, SPECIAL, Corpus
-from attnscope.reference.learners import Clip, Hidden, JointLearner, Mapper, Text
+from attnscope.reference.learners import Clip, Hidden, JointLearner, Mapper, Seen, Text, Vilt
 from attnscope.reference.pairs import Learnable, Pairs
 from attnscope.reference.scenes import Generator
 
@@ -29,6 +29,8 @@ _CONTRAST = 128
 # How many scenes of a batch the mapper is asked about, and how many it describes.
 _ASKED, _DESCRIBED = 64, 64
 _WORD_SHARE, _MASKED, _OTHER_WORD = 0.15, 0.8, 0.1
+# Of the pairs that are asked whether they fit, those that are given another's text.
+_WRONG_SHARE = 0.5
 
 WORLD_LOSSES = {
     "units": "the class of each patch",
@@ -178,9 +180,19 @@ def word_losses(
 
 
 def joint_losses(
-    learner: JointLearner, corpus: Corpus, rng: Generator, hard_share: float = HARD_SHARE
+    learner: JointLearner,
+    corpus: Learnable,
+    rng: Generator,
+    hard_share: float = HARD_SHARE,
+    batch: int = _WORDS + _MATCH + _UNITS + _ANSWERS,
 ) -> dict[str, Tensor]:
-    """Everything that is asked of a model that sees image and text, in one batch."""
+    """Everything that is asked of a model that sees image and text, in one batch.
+
+    Samples tell less than generated scenes, of which it always takes as many.
+    """
+    if not isinstance(corpus, Corpus):
+        assert isinstance(learner, Vilt)
+        return _pair_losses(learner, corpus, rng, batch)
     scenes = draw_scenes(corpus, _WORDS + _MATCH + _UNITS + _ANSWERS, rng, hard_share)
     said, matched, looked, questioned = np.split(scenes, np.cumsum([_WORDS, _MATCH, _UNITS]))
     asked = _mask_both_ways(Texts.of(corpus, said), rng)
@@ -216,6 +228,25 @@ def joint_losses(
         "hidden_units": UNIT_WEIGHT * nn.functional.cross_entropy(unit_logits[asks], truth[asks]),
         "units": UNIT_WEIGHT * unit_loss(unit_logits[~hides], truth[~hides]),
     }
+
+
+def _pair_losses(learner: Vilt, corpus: Learnable, rng: Generator, batch: int) -> dict[str, Tensor]:
+    """Masked words of every pair, and whether a text fits its image, which about half of the texts don't."""
+    pairs = draw_scenes(corpus, batch, rng, 0)
+    words = corpus.words[pairs].astype(np.int64)
+    shown, at = mask_words_at_random(words, learner.config.vocab_size, rng)
+    asked = Asked(shown, np.where(at, words, -100))
+    others = np.where(rng.random(batch) < _WRONG_SHARE, rng.permutation(batch), np.arange(batch))
+    fits = (words[others] == words).all(1)
+    own = learner.share.part
+    seen, count = learner.see(corpus, own(pairs)), len(own(pairs))
+    texts = trimmed(np.concatenate([own(shown), own(words[others])]))
+    hidden = learner.encode(texts, Seen(torch.cat([seen.pixels, seen.pixels])))
+    told = Hidden(hidden.text[:count], None, None)
+    truth = torch.from_numpy(own(fits)).to(learner.device)
+    with torch.autocast(learner.device.type, enabled=False):
+        match = nn.functional.binary_cross_entropy_with_logits(learner.match(hidden)[count:].float(), truth.float())
+    return {"words": _word_loss(learner, told, asked), "match": match}
 
 
 def _mask_both_ways(texts: Texts, rng: Generator) -> Asked:

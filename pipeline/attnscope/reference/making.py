@@ -49,7 +49,7 @@ from attnscope.reference.training import (
     prepare_samples,
     untold_losses,
 )
-from attnscope.reference.weights import read_learner, weights_digest, write_json, write_model
+from attnscope.reference.weights import WORLD_HEADS, read_learner, weights_digest, write_json, write_model
 from attnscope.samples import SampleError
 
 Figures = dict[str, Figure]
@@ -128,8 +128,8 @@ def train(recipe: Recipe, seed: int, out: str, listener: Listener | None = None)
     training.advance()
     words = VOCABULARY if training.prepared is None else training.prepared.vocabulary
     learner = training.learner.cpu()
-    units = "units" not in untold_losses(recipe)
-    write_model(recipe.model, learner, Path(out), vocabulary=words, units=units, alignment=recipe.alignment)
+    of_samples = bool(recipe.samples)
+    write_model(recipe.model, learner, Path(out), vocabulary=words, of_samples=of_samples, alignment=recipe.alignment)
     receipt: Receipt = {"model": recipe.model, "steps": training.step, "seconds": round(training.seconds)}
     return {**receipt, "resumed": resumed, "notes": [*notes]}
 
@@ -193,6 +193,7 @@ def examine(recipe: Recipe, seed: int, out: str, scenes: int = _EXAMINED) -> Rec
     folder = Path(out)
     training = _finished(recipe, seed, folder)
     learner = read_learner(recipe.model, folder)
+    untaught = {n for n, _ in learner.named_parameters() if recipe.samples and n.startswith(WORLD_HEADS)}
     figures = {
         split: {name: dataclasses.asdict(figure) for name, figure in found.items()}
         for split, found in _figures_by_split(recipe, training, learner, scenes).items()
@@ -200,7 +201,7 @@ def examine(recipe: Recipe, seed: int, out: str, scenes: int = _EXAMINED) -> Rec
     card = {
         "model": recipe.model,
         "seed": seed,
-        "parameters": sum(p.numel() for p in learner.parameters()),
+        "parameters": sum(p.numel() for name, p in learner.named_parameters() if name not in untaught),
         "recipe": dataclasses.asdict(recipe),
         "world_version": WORLD_VERSION,
         "steps": training.step,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from attnscope.reference.examining import Items, recalls
-from attnscope.reference.learners import Retriever, Text
+from attnscope.reference.learners import Retriever, Text, Vilt
 from attnscope.reference.lessons import mask_words_at_random, trimmed
 from attnscope.reference.pairs import Pairs
 
@@ -25,8 +25,34 @@ def examine_pair_retrieval(learner: Retriever, pairs: Pairs) -> dict[str, Items]
     return {name: Items(hits, np.arange(len(pairs))) for name, hits in found.items()}
 
 
+def examine_joint_pairs(learner: Vilt, pairs: Pairs) -> dict[str, Items]:
+    """Masked words as `examine_pair_words`, and whether a text fits its image."""
+    return examine_pair_words(learner, pairs) | _examine_pair_matching(learner, pairs)
+
+
 @torch.no_grad()
-def examine_pair_words(learner: Text, pairs: Pairs) -> dict[str, Items]:
+def _examine_pair_matching(learner: Vilt, pairs: Pairs) -> dict[str, Items]:
+    """Of each image, whether its own text is said to fit ('true'), the next pair's not to ('other'), and their mean.
+
+    Where the next pair has the same text, nothing is asked of the two.
+    """
+    words = pairs.words[:].astype(np.int64)
+    others = np.roll(words, -1, 0)
+    asked = np.flatnonzero((words != others).any(1))
+    told = []
+    for texts in (words, others):
+        parts = [
+            learner.match(learner.encode(trimmed(texts[at]), learner.see(pairs, at))).cpu().numpy()
+            for at in np.split(asked, range(_BATCH, len(asked), _BATCH))
+        ]
+        told.append(np.concatenate(parts) > 0)
+    true, other = told[0].astype(np.float64), 1.0 - told[1]
+    found = {"true": true, "other": other, "balanced": (true + other) / 2}
+    return {f"matching_{name}": Items(values, asked) for name, values in found.items()}
+
+
+@torch.no_grad()
+def examine_pair_words(learner: Text | Vilt, pairs: Pairs) -> dict[str, Items]:
     """Of each masked word, 15 % of all, whether it is found, and its surprise in bits."""
     words = pairs.words[:].astype(np.int64)
     rng = np.random.Generator(np.random.PCG64(_MASK_SEED))

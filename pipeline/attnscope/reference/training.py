@@ -38,7 +38,7 @@ from attnscope.reference.lessons import (
     word_losses,
 )
 from attnscope.reference.painter import Painter, examine_pixels, paint_losses
-from attnscope.reference.pair_examining import examine_pair_retrieval, examine_pair_words
+from attnscope.reference.pair_examining import examine_joint_pairs, examine_pair_retrieval, examine_pair_words
 from attnscope.reference.pairs import RECORD, Learnable, Prepared, Shape, open_prepared, prepare
 from attnscope.reference.scan import Scan, examine_scan, scan_losses
 from attnscope.reference.scenes import WORLD_VERSION, Generator
@@ -448,7 +448,8 @@ class _Lessons:
 
     With `examine_pairs`, which gives such figures of pairs, it learns from samples as well, at any size, in several
     processes and on any device: its losses then take a `batch`, ask nothing but what `Learnable` has, and heed the
-    learner's `share` and `device`. `images` says whether it needs any.
+    learner's `share` and `device`. `images` says whether it needs any. With `alone_on_scenes` it learns from generated
+    scenes all the same at its own batch, in float32 and in one process on the processor.
     """
 
     names: tuple[str, ...]
@@ -456,11 +457,12 @@ class _Lessons:
     figures: Callable[..., dict[str, float]]
     examine_pairs: Callable[..., dict[str, Items]] | None = None
     images: bool = True
+    alone_on_scenes: bool = False
 
 
 _JOINT = _Lessons(("words", "match", "answers", "hidden_units", "units"), joint_losses, _joint_figures)
 LESSONS = {
-    "vilt": _JOINT,
+    "vilt": dataclasses.replace(_JOINT, examine_pairs=examine_joint_pairs, alone_on_scenes=True),
     "lxmert": _JOINT,
     "clip": _Lessons(("images", "texts", "units"), contrastive_losses, _retrieval_figures, examine_pair_retrieval),
     "text": _Lessons(("words",), word_losses, _word_figures, examine_pair_words, images=False),

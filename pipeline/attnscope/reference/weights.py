@@ -21,6 +21,8 @@ from attnscope.reference.settings import scored_config
 WEIGHTS = "model.safetensors"
 
 _UNITS = "patch_classifier"
+WORLD_HEADS = (_UNITS, "classifier.")
+"""What the heads are called that generated scenes alone can teach: classes of units, and answers."""
 _PIXELS = {"resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
@@ -30,37 +32,47 @@ def write_model(
     folder: Path,
     *,
     vocabulary: Sequence[str] = VOCABULARY,
-    units: bool = True,
+    of_samples: bool = False,
     alignment: str = "",
 ) -> None:
-    """Write config, weights, tokenizer and processor of a learner; the head for units' classes only if it has learned.
+    """Write config, weights, tokenizer and processor of a learner.
 
-    `vocabulary` are the words of its ids; `alignment` is the score of its attention where that is not its own.
+    `vocabulary` are the words of its ids; `alignment` is the score of its attention where that is not its own. One
+    that learned `of_samples` has no heads for units' classes and answers, and squares of its images.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = getattr(learner, "config", None) or CONFIGS[name]()
     scored_config(config, alignment).save_pretrained(folder)
-    named = {n: p.detach().contiguous() for n, p in learner.named_parameters() if not n.startswith(_UNITS)}
-    if units and isinstance(head := getattr(learner, _UNITS, None), UnitClassifier):
+    apart = WORLD_HEADS if of_samples else _UNITS
+    named = {n: p.detach().contiguous() for n, p in learner.named_parameters() if not n.startswith(apart)}
+    if not of_samples and isinstance(head := getattr(learner, _UNITS, None), UnitClassifier):
         named |= {f"{_UNITS}.{n}": p.detach() for n, p in head.whole().named_parameters()}
     save_file(named, folder / WEIGHTS, {"format": "pt"})
     # Written for its owner alone, but carried for everybody.
     (folder / WEIGHTS).chmod(0o644)
-    _write_processor(name, folder, config, vocabulary)
+    _write_processor(name, folder, config, vocabulary, of_samples)
 
 
-def _write_processor(name: str, folder: Path, config: transformers.PreTrainedConfig, words: Sequence[str]) -> None:
+def _write_processor(
+    name: str, folder: Path, config: transformers.PreTrainedConfig, words: Sequence[str], of_samples: bool
+) -> None:
     text = getattr(config, "text_config", None) or config
     # The config of a setting says nothing of sizes.
     tokenizer = tokenizer_of(words, getattr(text, "max_position_embeddings", LENGTH))
     tokenizer.save_pretrained(folder)
-    if name == "vilt":
+    if name == "vilt" and of_samples:
+        # ViLT's own keeps the aspect of an image, which samples are not learned with.
+        transformers.ViltProcessor(_square(config.image_size), tokenizer).save_pretrained(folder)
+    elif name == "vilt":
         images = transformers.ViltImageProcessorPil(size={"shortest_edge": SIDE}, size_divisor=PATCH, **_PIXELS)
         transformers.ViltProcessor(images, tokenizer).save_pretrained(folder)
     elif name in ("clip", "simla", "mapper"):
-        size = dict.fromkeys(("height", "width"), config.vision_config.image_size)
-        images = transformers.CLIPImageProcessorPil(size=size, do_center_crop=False, **_PIXELS)
-        transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder)
+        transformers.CLIPProcessor(_square(config.vision_config.image_size), tokenizer).save_pretrained(folder)
+
+
+def _square(side: int) -> transformers.CLIPImageProcessorPil:
+    size = dict.fromkeys(("height", "width"), side)
+    return transformers.CLIPImageProcessorPil(size=size, do_center_crop=False, **_PIXELS)
 
 
 def read_learner(name: str, folder: Path | None = None) -> nn.Module:
@@ -74,7 +86,7 @@ def read_learner(name: str, folder: Path | None = None) -> nn.Module:
     with torch.no_grad():
         for parameter_name, parameter in learner.named_parameters():
             # A head that has not learned is not in the folder.
-            if parameter_name in weights or not parameter_name.startswith(_UNITS):
+            if parameter_name in weights or not parameter_name.startswith(WORLD_HEADS):
                 parameter.copy_(weights.pop(parameter_name))
     if weights:
         raise ValueError(f"weights of {str(folder)!r} have parts that {name} lacks: {', '.join(weights)}")

@@ -21,7 +21,8 @@ from torch import nn
 
 from attnscope.cli import main
 from attnscope.reference import making, spreading
-from attnscope.reference.learners import Clip
+from attnscope.reference.learners import Clip, Seen, Vilt
+from attnscope.reference.lessons import draw_scenes, joint_losses, mask_words_at_random
 from attnscope.reference.making import ReferenceError, recipe_of
 from attnscope.reference.pairs import open_prepared
 from attnscope.reference.spreading import ProcessDied
@@ -37,7 +38,7 @@ def recipe(model: str, photographs: Path, **changes: object) -> Recipe:
     return recipe_of(model, SHORT | {"samples": str(photographs)} | changes)
 
 
-@pytest.mark.parametrize("model", ["clip", "text", "simla"])
+@pytest.mark.parametrize("model", ["clip", "text", "simla", "vilt"])
 def test_a_model_of_samples_is_a_folder_that_transformers_reads(model: str, photographs: Path, tmp_path: Path) -> None:
     import transformers
 
@@ -49,12 +50,13 @@ def test_a_model_of_samples_is_a_folder_that_transformers_reads(model: str, phot
         "clip": transformers.CLIPModel,
         "text": transformers.BertForMaskedLM,
         "simla": transformers.BlipForImageTextRetrieval,
+        "vilt": transformers.ViltForImageAndTextRetrieval,
     }[model]
     read, report = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
-    # SIMLA's further heads are no part of BLIP's retrieval.
-    heads = ("cls.", "code_classifier.", "keyword_classifier.", "codes", "log_temperature")
+    # SIMLA's further heads are no part of BLIP's retrieval, nor ViLT's for words of its matching.
+    heads = ("cls.", "code_classifier.", "keyword_classifier.", "codes", "log_temperature", "mlm_score.")
     assert not report["missing_keys"] and all(key.startswith(heads) for key in report["unexpected_keys"])
-    assert model == "simla" or not report["unexpected_keys"]
+    assert model in ("simla", "vilt") or not report["unexpected_keys"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.model_max_length == 12
     learner = read_learner(model, tmp_path / "out")
@@ -66,6 +68,15 @@ def test_a_model_of_samples_is_a_folder_that_transformers_reads(model: str, phot
         pairs = open_prepared(tmp_path / "out" / "data").split("train")
         torch.testing.assert_close(out.text_embeds, learner.embed_texts(words))
         assert pixels.shape[-1] == pairs.pixels[:1].shape[1] == 16
+    if isinstance(learner, Vilt):
+        inputs = transformers.AutoProcessor.from_pretrained(tmp_path / "out")(
+            images=Image.open(photographs / "p0.png").resize((40, 20)), text="A red photograph.", return_tensors="pt"
+        )
+        assert inputs["pixel_values"].shape[-2:] == (16, 16)
+        hidden = learner.encode(inputs["input_ids"], Seen(inputs["pixel_values"]))
+        torch.testing.assert_close(read(**inputs).logits[:, 0], learner.match(hidden))
+        stored = load_file(tmp_path / "out" / "model.safetensors")
+        assert not any(key.startswith(("classifier.", "patch_classifier.")) for key in stored)
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert card["samples"]["train"] == 20 and card["examined_scenes"] == 2
     assert card["digest"] == examined["digest"]
@@ -81,6 +92,54 @@ def test_training_on_samples_learns_what_they_show(photographs: Path, tmp_path: 
     # Who tells nothing apart has log 8; who knows the colours alone has the mean log of how many of the eight share
     # one, which is 1.0 to 1.1.
     assert losses[-1] < 1.2 < 0.6 * np.log(8)
+
+
+@pytest.mark.parametrize("alignment", ["", "cosine"])
+def test_a_joint_stream_learns_which_text_fits(alignment: str, photographs: Path, tmp_path: Path) -> None:
+    changes = {"width": 32, "layers": 2, "batch": 20, "steps": 500, "decay": 100, "warm_up": 20, "examine_every": 100}
+    chosen = recipe("vilt", photographs, peak_rate=3e-3, alignment=alignment, **changes)
+    told: list[TrainingProgress] = []
+    notes = making.train(chosen, 0, str(tmp_path), told.append)["notes"]
+    assert "without the loss of answers" in notes[-1] and "hidden_units" in notes[-1]  # type: ignore[index]
+    losses = [p.losses for p in told if p.stage == "training"]
+    # Half of the texts fit; who can't tell has log 2. The colour says which do, except of another of the same colour.
+    assert losses[0]["match"] > 0.6 and losses[-1]["match"] < 0.45
+    assert losses[-1]["words"] < 0.7 * losses[0]["words"]
+    assert json.loads((tmp_path / "config.json").read_text()).get("attention_alignment", "") == alignment
+    figures = making.examine(chosen, 0, str(tmp_path)) and json.loads((tmp_path / "card.json").read_text())["figures"]
+    assert {"words", "words_bits", "matching_true", "matching_other", "matching_balanced"} == figures["test"].keys()
+
+
+def test_a_joint_stream_is_asked_for_masked_words_and_for_wrong_texts(photographs: Path, tmp_path: Path) -> None:
+    """Against the losses of single pairs, added up."""
+    chosen = recipe("vilt", photographs)
+    prepared = making.prepare_samples(chosen, tmp_path / "training")
+    pairs = prepared.split("train")
+    torch.manual_seed(0)
+    learner = Vilt.of(chosen.sizes(prepared))
+    for parameter in learner.parameters():
+        nn.init.normal_(parameter, 0, 0.3)
+    found = joint_losses(learner, pairs, np.random.Generator(np.random.PCG64(7)), batch=20)
+    rng = np.random.Generator(np.random.PCG64(7))
+    numbers = draw_scenes(pairs, 20, rng, 0)
+    assert sorted(numbers) == list(range(20))
+    words = pairs.words[numbers].astype(np.int64)
+    shown, asked = mask_words_at_random(words, len(prepared.vocabulary), rng)
+    others = np.where(rng.random(20) < 0.5, rng.permutation(20), np.arange(20))
+    surprise, match, fitting = [], [], []
+    for row, number in enumerate(numbers):
+        seen = learner.see(pairs, np.array([number]))
+        length = int((words[row] > 0).sum())
+        hidden = learner.encode(torch.tensor(shown[row : row + 1, :length]), seen)
+        logits = learner.words(hidden)[0].log_softmax(-1)
+        surprise += [-logits[at, words[row, at]] for at in np.flatnonzero(asked[row])]
+        text = words[others[row]]
+        odds = learner.match(learner.encode(torch.tensor(text[None, : int((text > 0).sum())]), seen))[0]
+        fitting.append(tuple(text) == tuple(words[row]))
+        match.append(-nn.functional.logsigmoid(odds if fitting[-1] else -odds))
+    assert 4 < sum(fitting) < 18
+    torch.testing.assert_close(found["words"], torch.stack(surprise).mean(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["match"], torch.stack(match).mean(), rtol=1e-5, atol=1e-5)
 
 
 def test_losses_that_samples_do_not_tell_are_left_out_and_named(photographs: Path, tmp_path: Path) -> None:
@@ -189,7 +248,14 @@ def test_two_processes_have_the_gradients_of_one(photographs: Path, tmp_path: Pa
     own = one_step | SIZES | {"samples": str(photographs), "validation_scenes": 2}
     # Of SIMLA's losses, the others draw their partners and masks in each share by itself.
     shared = own | {"without": ["itm", "mlm", "mim"]}
-    cases = {"clip-world": world, "text-world": world, "clip-own": own, "text-own": own, "simla-own": shared}
+    cases = {
+        "clip-world": world,
+        "text-world": world,
+        "clip-own": own,
+        "text-own": own,
+        "simla-own": shared,
+        "vilt-own": own,
+    }
     for name, changes in cases.items():
         model = name.partition("-")[0]
         for folder in (tmp_path / "one" / name, tmp_path / "two" / name):
@@ -264,7 +330,9 @@ def test_a_training_goes_on_over_another_number_of_processes(photographs: Path, 
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [
-        ("vilt", {"samples": "x"}, "vilt learns from generated scenes alone.*clip, text.* take 'samples'"),
+        ("lxmert", {"samples": "x"}, "lxmert learns from generated scenes alone.*vilt, clip, text.* take 'samples'"),
+        ("vilt", {"processes": 2}, "vilt learns from generated scenes at its own batch.*for another 'processes'"),
+        ("vilt", {"batch": 64}, "vilt learns from generated scenes at its own batch.*for another 'batch'"),
         ("clip", {"side": 64}, "'side' of generated scenes is 48; name samples for another value"),
         ("clip", {"samples": "x", "side": 50, "patch": 16}, "a side of 50 pixels isn't made of patches of 16"),
         ("clip", {"width": 66}, "a width of 66 can't be shared by 4 heads"),
