@@ -64,10 +64,15 @@ def score_variants(setting: str, alignments: Sequence[str], changes: Mapping[str
     Raises
     ------
     ReferenceError
-        When the setting's attention takes no other score.
+        When the setting's attention takes no other score, or it is to learn from samples.
     """
     if setting not in SCORED:
         raise ReferenceError(f"no scores are compared in {setting!r}; the settings are {', '.join(SCORED)}")
+    if "samples" in changes:
+        raise ReferenceError(
+            "what attention ought to fall on is known of generated scenes alone; for scores on samples use"
+            " `attnscope reference table`"
+        )
     names = dict.fromkeys((OWN, *(alignments or ALIGNMENTS)))
     return [Variant(name, setting, {**changes, "alignment": name}) for name in names]  # type: ignore[dict-item]
 

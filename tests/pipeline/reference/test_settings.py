@@ -326,6 +326,10 @@ def test_the_command_makes_a_table_per_setting(tmp_path: Path) -> None:
     refused = CliRunner().invoke(main, ["reference", "scores", "--setting", "clip", "--out", str(tmp_path)])
     assert refused.exit_code == 2
     assert "no scores are compared in 'clip'; the settings are vilt, lxmert, scan, answering, painter" in refused.stderr
+    own = ["reference", "scores", "--setting", "vilt", "--recipe", "samples=data", "--out", str(tmp_path)]
+    refused = CliRunner().invoke(main, own)
+    assert refused.exit_code == 2
+    assert "for scores on samples use `attnscope reference table`" in refused.stderr
 
 
 def test_words_of_questions_name_classes_of_regions() -> None:
