@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -256,9 +257,15 @@ def test_a_saved_analysis_comes_back_whole_and_replaces_the_one_before(tmp_path:
     assert again.attrs["k"] == 1
 
 
-def test_table_cast_is_numpys_cast() -> None:
+@pytest.mark.parametrize("beside_torch", [True, False])
+def test_the_cast_of_halves_is_numpys(beside_torch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not beside_torch:
+        monkeypatch.delitem(sys.modules, "torch")
     every_half = np.arange(2**16, dtype=np.uint16).view(np.float16)
     np.testing.assert_array_equal(to_float32(every_half), every_half.astype(np.float32))
+
+
+def test_the_cast_of_bfloat16_is_torchs() -> None:
     floats = torch.randn(1000).to(torch.bfloat16)
     np.testing.assert_array_equal(to_float32(floats.view(torch.uint16).numpy()), floats.float().numpy())
 
