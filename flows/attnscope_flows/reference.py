@@ -72,7 +72,7 @@ def train_flow(
         seed: Seed of the weights and of the lessons.
         changes: Fields of the recipe with other values.
         scenes: How many unseen scenes of each split it is examined on.
-        samples: What it learns from in the place of generated scenes; clip and text can.
+        samples: What it learns from in the place of generated scenes, by those models that can.
         device: What it is computed on.
         dtype: What most of a step is computed in; weights stay float32.
         processes: How many processes share each batch; on cuda each has a device.

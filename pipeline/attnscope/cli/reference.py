@@ -1,5 +1,6 @@
 """`attnscope reference`: train the tiny models that attnscope carries, and show their cards."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 @click.group()
 def reference() -> None:
     """Train and describe the reference models."""
+
+
+_processes_option = click.option(
+    "--processes", default=1, show_default=True, type=click.IntRange(min=1), help="Trainings at a time, a thread each."
+)
 
 
 @reference.command()
@@ -107,9 +113,7 @@ def prepare(samples: str, out: str, side: int, length: int, tokenizer: str, voca
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the models and the table.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of each variant, with commas between.")
 @click.option("--measure", metavar="MODULE:FUNCTION", help="What gives a model's figures; its card's if not given.")
-@click.option(
-    "--processes", default=1, show_default=True, type=click.IntRange(min=1), help="Trainings at a time, a thread each."
-)
+@_processes_option
 @click.option("--figure", "figures", multiple=True, help="Print this figure's columns alone; repeatable.")
 @engine_option
 def table(
@@ -187,20 +191,30 @@ def card(name: str, form: str) -> None:
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="How many, from 0 on.")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for models and tables.")
 @click.option("--recipe", "assignments", multiple=True, metavar="FIELD=VALUE", help="As for train; repeatable.")
+@_processes_option
+@engine_option
 def scores(
-    settings: Sequence[str], alignments: Sequence[str], seeds: int, out: str, assignments: Sequence[str]
+    settings: Sequence[str],
+    alignments: Sequence[str],
+    seeds: int,
+    out: str,
+    assignments: Sequence[str],
+    processes: int,
+    engine: str | None,
 ) -> None:
     """Train each alignment score with several seeds, and tabulate task quality beside what attention shows.
 
     Every setting has a folder of its own in OUT, with its models, table.csv, table.json and page.md. The same command
     again trains and measures only what is missing. Differences are those from the scaled dot product of the same seed.
     """
-    from attnscope.reference.score_tables import tabulate_scores
+    from attnscope.reference.score_tables import MEASURE, score_variants, write_scores
 
     changes = dict(_change(assignment) for assignment in assignments)
     for setting in settings:
-        folder = f"{out}/{setting}"
-        tabulate_scores(setting, alignments, range(seeds), folder, changes=changes, listener=_tell)
+        folder, numbers = f"{out}/{setting}", [*range(seeds)]
+        variants = [dataclasses.asdict(variant) for variant in score_variants(setting, alignments, changes)]
+        _tabulate(variants, numbers, folder, MEASURE, processes, engine or default_engine())
+        write_scores(setting, numbers, folder, changes)
         click.echo(f"{setting}:   {folder}/page.md, and the whole table as table.csv and table.json")
 
 

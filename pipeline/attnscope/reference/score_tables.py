@@ -22,8 +22,8 @@ from attnscope.reference.judging import examine_painting
 from attnscope.reference.making import ReferenceError
 from attnscope.reference.painter import Painter
 from attnscope.reference.settings import SCORED
-from attnscope.reference.tabulating import Row, Variant, tabulate
-from attnscope.reference.training import LESSONS, Listener
+from attnscope.reference.tabulating import Variant, read_table
+from attnscope.reference.training import LESSONS
 from attnscope.reference.weights import read_learner, write_json
 
 SCENES = 256
@@ -39,6 +39,8 @@ SHOWN = {
     "painter": ("drawn_colour", "drawn_shape", "drawn_both", "pixel_error", *_ATTENTION),
 }
 """The figures that a page of a setting shows; a table holds more."""
+MEASURE = "attnscope.reference.score_tables:measure_model"
+"""What gives the figures of a model, as a table's `measure` names it."""
 
 
 def measure_model(folder: Path) -> dict[str, float]:
@@ -77,25 +79,12 @@ def score_variants(setting: str, alignments: Sequence[str], changes: Mapping[str
     return [Variant(name, setting, {**changes, "alignment": name}) for name in names]  # type: ignore[dict-item]
 
 
-def tabulate_scores(
-    setting: str,
-    alignments: Sequence[str],
-    seeds: Sequence[int],
-    out: str,
-    *,
-    changes: Mapping[str, object] | None = None,
-    listener: Listener | None = None,
-) -> list[Row]:
-    """Train and measure what is missing in a folder, and write its table; all scores where none is named.
-
-    Beside what `tabulate` writes stand `page.md` and `scores.json` with the figures of SHOWN alone.
-    """
-    variants = score_variants(setting, alignments, changes or {})
-    rows = tabulate(variants, seeds, out, measure_model, listener=listener)
-    shown = [row for row in rows if row.figure in SHOWN[setting]]
+def write_scores(setting: str, seeds: Sequence[int], out: str, changes: Mapping[str, object]) -> None:
+    """Write `page.md` and `scores.json` beside a table of scores that was made, with the figures of SHOWN alone."""
+    shown = [row for row in read_table(out) if row.figure in SHOWN[setting]]
     table = {
         "setting": setting,
-        "changes": dict(changes or {}),
+        "changes": dict(changes),
         "seeds": list(seeds),
         "scenes": SCENES,
         "interval": "95 % Student-t over seeds",
@@ -104,7 +93,6 @@ def tabulate_scores(
     }
     write_json(Path(out) / "scores.json", table)
     (Path(out) / "page.md").write_text(f"# {setting}\n\n{summary(table)}\n{_READING}\n", encoding="utf-8")
-    return rows
 
 
 _READING = (

@@ -22,7 +22,7 @@ from attnscope.reference.lessons import trimmed
 from attnscope.reference.painter import MENTIONS, Layout, Painter, draw_all, every_pixel, mentioned
 from attnscope.reference.scan import MARGIN, SHARPNESS, SLOPE, Scan, examine_scan, hinge
 from attnscope.reference.scenes import SHAPES, draw_scene
-from attnscope.reference.score_tables import measure_model, summary, tabulate_scores
+from attnscope.reference.score_tables import measure_model, summary
 from attnscope.reference.tabulating import read_table
 
 SCENES = np.arange(24)
@@ -278,10 +278,13 @@ def few_unseen(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few_unseen")
 def test_a_table_is_made_once_and_gives_differences_from_the_scaled_dot_product(tmp_path: Path) -> None:
-    out = str(tmp_path / "scan")
-    rows = tabulate_scores("scan", ["cosine", "sigmoid_qwk"], [0, 1], out, changes=SHORT)
+    short = [f"--recipe={name}={value}" for name, value in SHORT.items()]
+    command = ["reference", "scores", "--setting", "scan", "--seeds", "2", "--engine", "inline"]
+    command += ["--alignment", "cosine", "--alignment", "sigmoid_qwk", "--out", str(tmp_path), *short]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    rows = read_table(str(tmp_path / "scan"))
     assert list(dict.fromkeys(row.variant for row in rows)) == ["scaled_dot", "cosine", "sigmoid_qwk"]
-    assert rows == read_table(out)
     by = {(row.variant, row.figure): row for row in rows}
     both = [measure_model(tmp_path / "scan" / f"cosine-{seed}")["attention_mass"] for seed in (0, 1)]
     assert by["cosine", "attention_mass"].value.mean == pytest.approx(np.mean(both))
@@ -290,7 +293,7 @@ def test_a_table_is_made_once_and_gives_differences_from_the_scaled_dot_product(
     page = (tmp_path / "scan" / "page.md").read_text()
     assert summary(json.loads((tmp_path / "scan" / "scores.json").read_text())) in page
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("figures.json")}
-    tabulate_scores("scan", ["cosine", "sigmoid_qwk"], [0, 1], out, changes=SHORT)
+    assert CliRunner().invoke(main, command).exit_code == 0
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("figures.json")} == before
 
 
@@ -315,11 +318,13 @@ def test_a_summary_marks_what_is_more_than_noise() -> None:
 
 
 @pytest.mark.usefixtures("few_unseen")
-def test_the_command_makes_a_table_per_setting(tmp_path: Path) -> None:
+def test_the_command_makes_a_table_per_setting_as_a_flow(tmp_path: Path) -> None:
+    pytest.importorskip("prefect")
     short = [f"--recipe={name}={value}" for name, value in SHORT.items()]
     command = ["reference", "scores", "--setting", "answering", "--alignment", "dot", "--seeds", "1"]
-    done = CliRunner().invoke(main, [*command, "--out", str(tmp_path), *short])
+    done = CliRunner().invoke(main, [*command, "--engine", "prefect", "--out", str(tmp_path), *short])
     assert done.exit_code == 0, done.output
+    assert (tmp_path / "answering" / "page.md").is_file()
     table = json.loads((tmp_path / "answering" / "table.json").read_text())
     assert {row["variant"] for row in table["rows"]} == {"scaled_dot", "dot"}
     assert {row["verdict"] for row in table["rows"]} == {"", "one seed"}
