@@ -178,6 +178,31 @@ def recalls(scores: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
+def rank_pairs(match_all: Callable[[np.ndarray], np.ndarray], count: int, gallery: int) -> dict[str, Items]:
+    """R@1, 5, 10 both ways among galleries of so many scenes (or all, if fewer), every pair scored.
+
+    `match_all` gives the scores of all images of some scenes with all of their texts (image, text).
+    """
+    size = min(gallery, count)
+    found: dict[str, list[np.ndarray]] = {}
+    for start in range(0, count - size + 1, size):
+        for name, hits in recalls(match_all(np.arange(start, start + size))).items():
+            found.setdefault(name, []).append(hits)
+    return {name: Items(np.concatenate(hits), np.arange(sum(map(len, hits)))) for name, hits in found.items()}
+
+
+@torch.no_grad()
+def examine_joint_ranking(learner: JointLearner, corpus: Corpus, gallery: int) -> dict[str, Items]:
+    """R@1, 5, 10 both ways by the matching score, which a joint stream has of no text and image by itself."""
+
+    def match_all(scenes: np.ndarray) -> np.ndarray:
+        words, seen = trimmed(corpus.words[scenes]), learner.see(corpus, scenes)
+        rows = [learner.match(learner.encode(words, seen.repeated(row, len(words)))) for row in range(len(scenes))]
+        return torch.stack(rows).numpy()
+
+    return rank_pairs(match_all, len(corpus), gallery)
+
+
 @torch.no_grad()
 def examine_retrieval(learner: Retriever, corpus: Corpus) -> dict[str, Items]:
     """R@1 both ways, whether each true caption beats its wrong ones, and the classes of patches.

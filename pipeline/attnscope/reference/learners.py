@@ -59,6 +59,11 @@ class Seen:
     boxes: Tensor | None = None
     gone: Tensor | None = None
 
+    def repeated(self, row: int, times: int) -> "Seen":
+        """One image so many times."""
+        parts = (part if part is None else part[row : row + 1] for part in (self.pixels, self.boxes, self.gone))
+        return Seen(*(part if part is None else part.expand(times, *part.shape[1:]) for part in parts))  # type: ignore
+
 
 class Learner(nn.Module):
     """A model with its heads, and what it keeps beside its parameters while it learns, as persistent buffers."""

@@ -16,9 +16,10 @@ import torch
 
 from attnscope.reference.alignments import ALIGNMENTS, OWN
 from attnscope.reference.corpus import Corpus, build_corpus
-from attnscope.reference.examining import Items
+from attnscope.reference.examining import Items, examine_joint_ranking
 from attnscope.reference.inspecting import examine_attention
 from attnscope.reference.judging import examine_painting
+from attnscope.reference.learners import Lxmert, Vilt
 from attnscope.reference.making import ReferenceError
 from attnscope.reference.painter import Painter
 from attnscope.reference.settings import SCORED
@@ -27,14 +28,17 @@ from attnscope.reference.training import LESSONS
 from attnscope.reference.weights import read_learner, write_json
 
 SCENES = 256
+GALLERY = 64
+"""Among how many scenes a joint stream's recalls are: it scores every image with every text."""
 _ATTENTION = tuple(
     f"attention_{n}" for n in ("pointing", "mass", "overlap", "deletion_over_random", "insertion_over_random")
 )
-_JOINT = ("words_colour", "words_shape", "matching_balanced", "answers_attributes", *_ATTENTION)
+_RECALLS = tuple(f"{way}_at_{n}" for way in ("image_to_text", "text_to_image") for n in (1, 5, 10))
+_JOINT = ("words_colour", "words_shape", "matching_balanced", *_RECALLS, "answers_attributes", *_ATTENTION)
 SHOWN = {
     "vilt": _JOINT,
     "lxmert": _JOINT,
-    "scan": (*(f"{way}_at_{n}" for way in ("image_to_text", "text_to_image") for n in (1, 5, 10)), *_ATTENTION),
+    "scan": (*_RECALLS, *_ATTENTION),
     "answering": (*(f"answers_{kind}" for kind in ("colour", "shape", "exists", "count", "attributes")), *_ATTENTION),
     "painter": ("drawn_colour", "drawn_shape", "drawn_both", "pixel_error", *_ATTENTION),
 }
@@ -50,6 +54,9 @@ def measure_model(folder: Path) -> dict[str, float]:
     examined: dict[str, Items] = examine_attention(learner, corpus)
     if isinstance(learner, Painter):
         examined |= examine_painting(learner, corpus)
+    if isinstance(learner, Lxmert | Vilt):
+        ranked = examine_joint_ranking(learner, corpus, GALLERY)
+        examined |= {key.replace("_r", "_at_"): items for key, items in ranked.items()}
     with torch.no_grad():
         quality = LESSONS[name].figures(learner, corpus)
     return {**quality, **{key: float(items.values.mean()) for key, items in examined.items()}}

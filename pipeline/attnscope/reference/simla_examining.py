@@ -1,6 +1,7 @@
 """What SIMLA reached on scenes that it never saw: retrieval by matching, grounding of phrases, reconstruction."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attnscope.reference.corpus import CLS, MASK, SEP, SIDE, Corpus, build_corpus
-from attnscope.reference.examining import GALLERY, Items, batches, examine_retrieval, examine_words, recalls
+from attnscope.reference.examining import GALLERY, Items, batches, examine_retrieval, examine_words, rank_pairs
 from attnscope.reference.learners import Seen
 from attnscope.reference.lessons import Texts, trimmed
 from attnscope.reference.simla import Simla
@@ -20,12 +21,7 @@ _LEAST_OVERLAP = 0.5
 @torch.no_grad()
 def examine_ranking(learner: Simla, corpus: Corpus) -> dict[str, Items]:
     """R@1, 5, 10 both ways among galleries of 256 scenes (or all, if fewer), every pair scored by matching."""
-    size = min(GALLERY, len(corpus))
-    found: dict[str, list[np.ndarray]] = {}
-    for start in range(0, len(corpus) - size + 1, size):
-        for name, hits in recalls(_match_all(learner, corpus, np.arange(start, start + size))).items():
-            found.setdefault(name, []).append(hits)
-    return {name: Items(np.concatenate(hits), np.arange(sum(map(len, hits)))) for name, hits in found.items()}
+    return rank_pairs(partial(_match_all, learner, corpus), len(corpus), GALLERY)
 
 
 def _match_all(learner: Simla, corpus: Corpus, scenes: np.ndarray) -> np.ndarray:

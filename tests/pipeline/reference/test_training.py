@@ -22,9 +22,9 @@ from attnscope.reference.corpus import (
     Corpus,
     build_corpus,
 )
-from attnscope.reference.examining import Items, examine_words, hide_everything, hide_thing
+from attnscope.reference.examining import Items, examine_joint_ranking, examine_words, hide_everything, hide_thing
 from attnscope.reference.kinds import LEARNERS
-from attnscope.reference.learners import Clip, Vilt
+from attnscope.reference.learners import Clip, Lxmert, Vilt
 from attnscope.reference.lessons import (
     Texts,
     contrastive_losses,
@@ -283,6 +283,37 @@ def test_an_untrained_model_is_surprised_as_chance_is(corpus: Corpus) -> None:
     found = examine_words(Vilt().eval(), corpus)
     assert set(found) == set(ROLES) - {""}
     assert found["colour"]["bits"].values.mean() == pytest.approx(np.log2(len(VOCABULARY)), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["vilt", "lxmert"])
+def test_recalls_of_a_joint_stream_are_those_of_pairs_scored_one_by_one(name: str) -> None:
+    torch.manual_seed(0)
+    learner = LEARNERS[name]().eval().requires_grad_(False)
+    assert isinstance(learner, Vilt | Lxmert)
+    for parameter in learner.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3)
+    scenes = build_corpus("test", range(24))
+    found = examine_joint_ranking(learner, scenes, 12)
+
+    def score(image: int, text: int) -> float:
+        words = scenes.words[text]
+        seen = learner.see(scenes, np.array([image]))
+        return float(learner.match(learner.encode(torch.tensor(words[None, words > 0].astype(np.int64)), seen)))
+
+    hits: dict[str, list[bool]] = {}
+    for gallery in (range(12), range(12, 24)):
+        scores = {(image, text): score(image, text) for image in gallery for text in gallery}
+        for own in gallery:
+            rivals = {
+                "image_to_text": [scores[own, other] for other in gallery if other != own],
+                "text_to_image": [scores[other, own] for other in gallery if other != own],
+            }
+            for way, others in rivals.items():
+                better = sum(other > scores[own, own] - 1e-6 for other in others)
+                for most in (1, 5, 10):
+                    hits.setdefault(f"{way}_r{most}", []).append(better < most)
+    assert {key: items.values.astype(bool).tolist() for key, items in found.items()} == hits
+    assert 0 < np.mean(hits["image_to_text_r5"]) < 1
 
 
 def test_an_interval_is_that_of_scenes_not_of_items() -> None:
