@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnscope.recording import UnrecordedAttention, audit, recording
+from attnscope.recording import AttentionCall, UnrecordedAttention, audit, recording
+from attnscope.recording.bystanders import modes_aside
 
 
 @pytest.fixture
@@ -203,3 +204,67 @@ def test_two_recordings_at_once_look_at_the_same_forward() -> None:
             recorded = model(pixels).last_hidden_state
     assert torch.equal(plain, recorded)
     assert len(one) == len(other) == one.audit.ran == other.audit.ran == 2
+
+
+class Products(TorchDispatchMode):
+    """Counts products that pass by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "bmm" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("audited", [True, False])
+def test_what_is_computed_of_a_call_passes_no_mode_of_a_recording(learned: list[str], audited: bool) -> None:
+    found = []
+
+    def compute(call: AttentionCall) -> None:
+        beside = call.attention()
+        with modes_aside(call):
+            torch.testing.assert_close(call.attention(), beside, rtol=0, atol=0)
+            learned.clear()
+            found.append(torch.linalg.inv(torch.eye(3)))
+        assert torch._C._len_torch_function_stack() == 1
+
+    with torch.no_grad(), recording(vit(), on_call=compute, audit=audited) as rec:
+        rec.model(torch.randn(1, 3, 16, 16))
+    assert len(found) == 2
+    assert "aten::linalg_inv_ex" not in learned
+
+
+def test_a_mode_of_others_still_sees_what_is_computed_of_a_call() -> None:
+    seen = []
+
+    def compute(call: AttentionCall) -> None:
+        before = outer.count
+        with modes_aside(call):
+            call.attention()
+        seen.append(outer.count - before)
+
+    with torch.no_grad(), Products() as outer, recording(vit(), on_call=compute) as rec:
+        rec.model(torch.randn(1, 3, 16, 16))
+    assert seen == [1, 1]
+
+
+def test_a_call_of_other_tensors_is_computed_by_their_own_code() -> None:
+    asked = []
+
+    class Counted(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(func)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    def compute(call: AttentionCall) -> None:
+        call.query = call.query.as_subclass(Counted)  # type: ignore[union-attr]
+        asked.clear()
+        with modes_aside(call):
+            call.query * 2
+        assert asked
+
+    with torch.no_grad(), recording(vit(), on_call=compute) as rec:
+        rec.model(torch.randn(1, 3, 16, 16))
