@@ -226,7 +226,6 @@ def test_what_is_computed_of_a_call_passes_no_mode_of_a_recording(learned: list[
         beside = call.attention()
         with modes_aside(call):
             torch.testing.assert_close(call.attention(), beside, rtol=0, atol=0)
-            learned.clear()
             found.append(torch.linalg.inv(torch.eye(3)))
         assert torch._C._len_torch_function_stack() == 1
 
