@@ -34,11 +34,13 @@ def examine_joint_pairs(learner: Vilt | Lxmert, pairs: Pairs) -> dict[str, Items
 def _examine_pair_matching(learner: Vilt | Lxmert, pairs: Pairs) -> dict[str, Items]:
     """Of each image, whether its own text is said to fit ('true'), the next pair's not to ('other'), and their mean.
 
-    Where the next pair has the same text, nothing is asked of the two.
+    Where the next pair has the same text, nothing is asked of the two; no figures where that is so of all.
     """
     words = pairs.words[:].astype(np.int64)
     others = np.roll(words, -1, 0)
     asked = np.flatnonzero((words != others).any(1))
+    if not len(asked):
+        return {}
     told = []
     for texts in (words, others):
         parts = [

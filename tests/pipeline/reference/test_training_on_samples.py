@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from attnscope.cli import main
+from attnscope.extraction import extract
 from attnscope.families.lxmert import encode_regions
 from attnscope.loading import load_model
 from attnscope.reference import making, spreading
@@ -129,27 +130,41 @@ def test_regions_that_are_learned_from_are_those_of_an_extraction(photographs: P
     assert isinstance(learner, Lxmert)
     samples = {sample.text: sample for sample in read_samples(photographs)}
     loaded = load_model(str(tmp_path / "out"))
-    numbers = [*map(str, range(24))]
     pairs = prepared.split("train")
     checked = set()
     for row in range(len(pairs)):
         words = [prepared.vocabulary[number] for number in pairs.words[row] if number > 4]
-        name = next(word for word in words if word in numbers)
+        name = next(word for word in words if word.isdigit())
         sample = next(s for text, s in samples.items() if str(text).endswith(f" {name}."))
         inputs = encode_regions([sample], loaded)
         seen = learner.see(pairs, np.array([row]))
         assert seen.boxes is not None and seen.pixels.shape == (1, 9, 3 * 8 * 8)
         torch.testing.assert_close(inputs["visual_feats"], seen.pixels, rtol=0, atol=0)
         torch.testing.assert_close(inputs["visual_pos"], seen.boxes, rtol=0, atol=0)
-        assert seen.boxes.min() >= 0 and seen.boxes.max() == 1
-        checked.add(sum(region.box is not None for region in sample.regions))
+        named = sum(region.box is not None for region in sample.regions)
+        # Boxes by their place, then the whole image.
+        height = 20 + int(name)
+        assert seen.boxes[0, :named, 0].tolist() == pytest.approx([2 * (k + 1) / 30 for k in range(min(named, 9))])
+        assert seen.boxes[0, :named, 3].tolist() == pytest.approx([15.5 / height] * min(named, 9))
+        assert named >= 9 or seen.boxes[0, named].tolist() == [0, 0, 1, 1]
+        checked.add(named)
     assert 0 in checked and checked & {*range(1, 9)} and max(checked) > 9
+    run = extract(str(tmp_path / "out"), photographs, limit=3, out=tmp_path / "run")
+    assert run.attention("text.vision").shape[-1] == 9
 
 
-@pytest.mark.parametrize("alignment", ["", "cosine"])
-def test_a_joint_stream_learns_which_text_fits(alignment: str, photographs: Path, tmp_path: Path) -> None:
+def test_a_single_pair_that_is_held_out_has_no_other_text(photographs: Path, tmp_path: Path) -> None:
+    chosen = recipe("vilt", photographs, validation_scenes=1)
+    making.train(chosen, 0, str(tmp_path))
+    making.examine(chosen, 0, str(tmp_path))
+    figures = json.loads((tmp_path / "card.json").read_text())["figures"]["test"]
+    assert figures.keys() == {"words", "words_bits"}
+
+
+@pytest.mark.parametrize(("model", "alignment"), [("vilt", ""), ("vilt", "cosine"), ("lxmert", "")])
+def test_a_joint_stream_learns_which_text_fits(model: str, alignment: str, photographs: Path, tmp_path: Path) -> None:
     changes = {"width": 32, "layers": 2, "batch": 20, "steps": 500, "decay": 100, "warm_up": 20, "examine_every": 100}
-    chosen = recipe("vilt", photographs, peak_rate=3e-3, alignment=alignment, **changes)
+    chosen = recipe(model, photographs, peak_rate=3e-3, alignment=alignment, **changes)
     told: list[TrainingProgress] = []
     notes = making.train(chosen, 0, str(tmp_path), told.append)["notes"]
     assert "without the loss of answers" in notes[-1] and "hidden_units" in notes[-1]  # type: ignore[index]
