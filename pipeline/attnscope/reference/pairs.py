@@ -277,9 +277,6 @@ def _usable(sample: Sample, shape: Shape) -> list[bytes]:
 
 def _regions(sample: Sample, image: Image.Image) -> tuple[bytes, bytes]:
     """What REGIONS boxes of a sample show, and where they lie (see `Learnable`)."""
-    for box in (region.box for region in sample.regions if region.box is not None):
-        if min(box) < 0 or box[2] > image.width or box[3] > image.height:
-            raise SampleError(f"box {[*box]} lies outside its image of {image.width} x {image.height} pixels")
     boxes = boxes_of(sample.regions, image.size, REGIONS)
     places = (boxes / [*image.size, *image.size]).astype(np.float32)
     return crop_regions(image, boxes, REGION_SIDE).tobytes(), places.tobytes()

@@ -103,7 +103,7 @@ def test_a_box_outside_its_image_costs_its_sample(photographs: Path, tmp_path: P
     record = json.loads(lines[0]) | {"regions": [{"box": [0, 0, 30, 20]}, {"box": [0, 0, 30.5, 20]}]}
     (photographs / "metadata.jsonl").write_text("\n".join([json.dumps(record), *lines[1:]]))
     prepared = prepare(str(photographs), tmp_path / "data", replace(SHAPE, regions=True))
-    problem = "box [0.0, 0.0, 30.5, 20.0] lies outside its image of 30 x 20 pixels"
+    problem = "box [0.0, 0.0, 30.5, 20.0] reaches out of its image of 30 x 20 pixels"
     assert list(left_out(prepared)) == [("p0.png", problem)]
     assert prepare(str(photographs), tmp_path / "plain", SHAPE).left_out == 0
 
