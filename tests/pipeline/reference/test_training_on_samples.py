@@ -31,7 +31,8 @@ from attnscope.reference.pairs import open_prepared
 from attnscope.reference.spreading import ProcessDied
 from attnscope.reference.training import RECIPES, Recipe, Training, TrainingProgress
 from attnscope.reference.weights import read_learner, weights_digest
-from attnscope.samples import SampleError, read_samples
+from attnscope.run import EXTRACTED, LEFT_OUT
+from attnscope.samples import Region, SampleError, read_samples
 
 SIZES = {"side": 16, "patch": 8, "width": 16, "heads": 2, "layers": 1, "text_layers": 1, "length": 12}
 SHORT = SIZES | {"batch": 8, "steps": 4, "decay": 4, "examine_every": 3, "validation_scenes": 2}
@@ -149,7 +150,11 @@ def test_regions_that_are_learned_from_are_those_of_an_extraction(photographs: P
         assert named >= 9 or seen.boxes[0, named].tolist() == [0, 0, 1, 1]
         checked.add(named)
     assert 0 in checked and checked & {*range(1, 9)} and max(checked) > 9
-    run = extract(str(tmp_path / "out"), photographs, limit=3, out=tmp_path / "run")
+    # A box that reaches out of its image costs its sample here as well.
+    given = read_samples(photographs)[:3]
+    given[1] = dataclasses.replace(given[1], regions=(Region(box=(0, 0, 31, 5)),))
+    run = extract(str(tmp_path / "out"), given, out=tmp_path / "run")
+    assert run.status.tolist() == [EXTRACTED, LEFT_OUT, EXTRACTED]
     assert run.attention("text.vision").shape[-1] == 9
 
 
