@@ -94,7 +94,10 @@ def train(
 @click.option(
     "--held-out", default=256, show_default=True, type=click.IntRange(min=1), help="For goals, and again for the card."
 )
-def prepare(samples: str, out: str, side: int, length: int, tokenizer: str, vocabulary: int, held_out: int) -> None:
+@click.option("--regions", is_flag=True, help="Keep what nine boxes of each sample show, too, for lxmert.")
+def prepare(
+    samples: str, out: str, side: int, length: int, tokenizer: str, vocabulary: int, held_out: int, regions: bool
+) -> None:
     """Scale the images of SAMPLES and number the words of their texts, once for many trainings.
 
     The folder can be named as the --samples of trainings, which then have its side, length and vocabulary.
@@ -102,7 +105,7 @@ def prepare(samples: str, out: str, side: int, length: int, tokenizer: str, voca
     from attnscope.reference import making
     from attnscope.reference.pairs import Shape
 
-    done = making.prepare(samples, out, Shape(side, length, tokenizer, vocabulary, held_out), _tell)
+    done = making.prepare(samples, out, Shape(side, length, tokenizer, vocabulary, held_out, regions), _tell)
     for note in done["notes"]:  # type: ignore[union-attr]
         click.echo(f"note:    {note}")
     click.echo(f"samples: {out} ({done['samples']} usable)")

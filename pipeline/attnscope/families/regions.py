@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attnscope.samples import Region
+from attnscope.samples import Region, SampleError
 from attnscope.tokens import KIND_CODES, TokenLayout, plain_layout
 
 if TYPE_CHECKING:
@@ -67,10 +67,18 @@ def boxes_of(regions: Sequence[Region], size: tuple[int, int], count: int) -> np
 
     First the different boxes of a sample's regions, ordered by place, so that the order says nothing of the text; then
     the whole picture and parts of it that are the same for every picture.
+
+    Raises
+    ------
+    SampleError
+        When a box reaches out of the image.
     """
-    named = sorted({region.box for region in regions if region.box is not None})[:count]
+    named = sorted({region.box for region in regions if region.box is not None})
+    for box in named:
+        if min(box) < 0 or box[2] > size[0] or box[3] > size[1]:
+            raise SampleError(f"box {[*box]} reaches out of its image of {size[0]} x {size[1]} pixels")
     filling = np.array(_FILLING) * [*size, *size]
-    return np.concatenate([np.array(named, float).reshape(-1, 4), np.resize(filling, (count, 4))])[:count]
+    return np.concatenate([np.array(named[:count], float).reshape(-1, 4), np.resize(filling, (count, 4))])[:count]
 
 
 def crop_regions(image: "Image", boxes: np.ndarray, side: int) -> np.ndarray:

@@ -123,6 +123,9 @@ _PARTS = {"words": "words", "wordpiece": "word pieces"}
 _ABOUT_PAIRS = {
     "vilt": "Single stream: text and patches in one encoder (ViLT), trained on masked words and matching. Heads for"
     " matching (the default) and masked words (`ViltForMaskedLM`).",
+    "lxmert": "Two streams with co-attention (LXMERT), trained on masked words and matching; its regions are what a"
+    " sample's boxes show, 8 x 8 pixels each, and where there are fewer than nine, parts of the image that are the same"
+    " for all. Its heads for object classes and for answers have learned nothing.",
     "clip": "Two encoders that meet in the similarity (CLIP).",
     "text": "Texts alone (BERT, masked words), without images.",
     "simla": "One stream on several levels (SIMLA in small): BLIP's classes, an image encoder below a text encoder that"
@@ -137,6 +140,7 @@ _PAIR_NOTES = {
     " of all of these samples', by the similarity of the two encoders' vectors.",
     "text": "15 % of the words are masked; 'words' says how many of them are told.",
 }
+_PAIR_NOTES["lxmert"] = _PAIR_NOTES["vilt"]
 
 
 def _score(recipe: Mapping[str, Any]) -> str:

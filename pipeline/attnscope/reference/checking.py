@@ -85,7 +85,7 @@ def _devices() -> int:
 
 _TOGETHER: tuple[tuple[Callable[[Recipe], bool], str], ...] = (
     (
-        lambda r: LESSONS[r.model].images and r.side % r.patch != 0,
+        lambda r: LESSONS[r.model].sees == "images" and r.side % r.patch != 0,
         "a side of {recipe.side} pixels isn't made of patches of {recipe.patch}",
     ),
     (lambda r: r.width % r.heads != 0, "a width of {recipe.width} can't be shared by {recipe.heads} heads"),

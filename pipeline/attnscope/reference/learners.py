@@ -6,7 +6,7 @@ last hidden states. Whatever a learner's modules are called is what its weights 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -61,8 +61,12 @@ class Seen:
 
     def repeated(self, row: int, times: int) -> "Seen":
         """One image so many times."""
-        parts = (part if part is None else part[row : row + 1] for part in (self.pixels, self.boxes, self.gone))
-        return Seen(*(part if part is None else part.expand(times, *part.shape[1:]) for part in parts))  # type: ignore
+        one = {name: part[row : row + 1] for name, part in vars(self).items() if part is not None}
+        return replace(self, **{name: part.expand(times, *part.shape[1:]) for name, part in one.items()})
+
+    def twice(self) -> "Seen":
+        """All images, and all of them again."""
+        return replace(self, **{name: torch.cat([part, part]) for name, part in vars(self).items() if part is not None})
 
 
 class Learner(nn.Module):
@@ -286,22 +290,33 @@ class Lxmert(JointLearner):
 
     units = "regions"
 
-    def __init__(self) -> None:
+    def __init__(self, config: transformers.LxmertConfig | None = None) -> None:
         super().__init__()
-        whole = transformers.LxmertForPreTraining(lxmert_config())
+        self.config = config or lxmert_config()
+        whole = transformers.LxmertForPreTraining(self.config)
         self.lxmert = whole.lxmert
         self.cls = whole.cls
         self.obj_predict_head = whole.obj_predict_head
         self.answer_head = whole.answer_head
 
-    def see(self, corpus: Corpus, scenes: np.ndarray) -> Seen:
-        return Seen(normalised(corpus.crops[scenes]).flatten(2), torch.from_numpy(corpus.boxes[scenes]))
+    @classmethod
+    def of(cls, sizes: Sizes) -> "Lxmert":
+        return cls(lxmert_config(sizes))
+
+    @classmethod
+    def like(cls, folder: Path) -> "Lxmert":
+        return cls(transformers.LxmertConfig.from_pretrained(folder))
+
+    def see(self, corpus: Learnable, scenes: np.ndarray) -> Seen:
+        crops, boxes = normalised(corpus.crops[scenes]).flatten(2), torch.from_numpy(corpus.boxes[scenes])
+        return Seen(crops.to(self.device), boxes.to(self.device))
 
     def hide(self, seen: Seen, units: Tensor) -> Seen:
         """Features of zero where `units` (sample, region) says so; boxes stay."""
         return Seen(seen.pixels.masked_fill(units[..., None], 0), seen.boxes)
 
     def encode(self, words: Tensor, seen: Seen) -> Hidden:
+        words = words.to(self.device)
         out = self.lxmert(
             input_ids=words, attention_mask=(words != PAD).float(), visual_feats=seen.pixels, visual_pos=seen.boxes
         )
@@ -463,18 +478,19 @@ def vilt_config(sizes: Sizes = WORLD) -> transformers.ViltConfig:
     )
 
 
-def lxmert_config() -> transformers.LxmertConfig:
+def lxmert_config(sizes: Sizes = WORLD) -> transformers.LxmertConfig:
+    """Of its layers half are cross-modal, and a quarter read regions alone, rounded up."""
     return transformers.LxmertConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=_WIDTH,
-        num_attention_heads=_HEADS,
-        intermediate_size=4 * _WIDTH,
-        l_layers=2,
-        r_layers=1,
-        x_layers=2,
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.width,
+        num_attention_heads=sizes.heads,
+        intermediate_size=4 * sizes.width,
+        l_layers=sizes.text_layers,
+        r_layers=math.ceil(sizes.layers / 4),
+        x_layers=math.ceil(sizes.layers / 2),
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        max_position_embeddings=LENGTH,
+        max_position_embeddings=sizes.length,
         visual_feat_dim=3 * REGION_SIDE**2,
         num_object_labels=len(CLASSES),
         num_qa_labels=len(ANSWERS),

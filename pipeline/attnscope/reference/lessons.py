@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnscope.reference.captions import QUESTIONS
 from attnscope.reference.corpus import CLASSES, CLS, GROUND, MASK, NEGATIVES, PAD, ROLES, SEP, SPECIAL, Corpus
-from attnscope.reference.learners import Clip, Hidden, JointLearner, Mapper, Seen, Text, Vilt
+from attnscope.reference.learners import Clip, Hidden, JointLearner, Lxmert, Mapper, Text, Vilt
 from attnscope.reference.pairs import Learnable, Pairs
 from attnscope.reference.scenes import Generator
 
@@ -33,8 +33,8 @@ _WORD_SHARE, _MASKED, _OTHER_WORD = 0.15, 0.8, 0.1
 _WRONG_SHARE = 0.5
 
 WORLD_LOSSES = {
-    "units": "the class of each patch",
-    "hidden_units": "the class of each patch",
+    "units": "the class of each patch or region",
+    "hidden_units": "the class of each patch or region",
     "answers": "questions with answers",
 }
 """Losses that need what the generated world alone tells, and what that is."""
@@ -191,7 +191,7 @@ def joint_losses(
     Samples tell less than generated scenes, of which it always takes as many.
     """
     if not isinstance(corpus, Corpus):
-        assert isinstance(learner, Vilt)
+        assert isinstance(learner, Vilt | Lxmert)
         return _pair_losses(learner, corpus, rng, batch)
     scenes = draw_scenes(corpus, _WORDS + _MATCH + _UNITS + _ANSWERS, rng, hard_share)
     said, matched, looked, questioned = np.split(scenes, np.cumsum([_WORDS, _MATCH, _UNITS]))
@@ -230,7 +230,7 @@ def joint_losses(
     }
 
 
-def _pair_losses(learner: Vilt, corpus: Learnable, rng: Generator, batch: int) -> dict[str, Tensor]:
+def _pair_losses(learner: Vilt | Lxmert, corpus: Learnable, rng: Generator, batch: int) -> dict[str, Tensor]:
     """Masked words of every pair, and whether a text fits its image, which about half of the texts don't."""
     pairs = draw_scenes(corpus, batch, rng, 0)
     words = corpus.words[pairs].astype(np.int64)
@@ -239,9 +239,9 @@ def _pair_losses(learner: Vilt, corpus: Learnable, rng: Generator, batch: int) -
     others = np.where(rng.random(batch) < _WRONG_SHARE, rng.permutation(batch), np.arange(batch))
     fits = (words[others] == words).all(1)
     own = learner.share.part
-    seen, count = learner.see(corpus, own(pairs)), len(own(pairs))
+    count = len(own(pairs))
     texts = trimmed(np.concatenate([own(shown), own(words[others])]))
-    hidden = learner.encode(texts, Seen(torch.cat([seen.pixels, seen.pixels])))
+    hidden = learner.encode(texts, learner.see(corpus, own(pairs)).twice())
     told = Hidden(hidden.text[:count], None, None)
     truth = torch.from_numpy(own(fits)).to(learner.device)
     with torch.autocast(learner.device.type, enabled=False):

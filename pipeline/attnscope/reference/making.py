@@ -49,7 +49,14 @@ from attnscope.reference.training import (
     prepare_samples,
     untold_losses,
 )
-from attnscope.reference.weights import WORLD_HEADS, read_learner, weights_digest, write_json, write_model
+from attnscope.reference.weights import (
+    KEPT_HEADS,
+    WORLD_HEADS,
+    read_learner,
+    weights_digest,
+    write_json,
+    write_model,
+)
 from attnscope.samples import SampleError
 
 Figures = dict[str, Figure]
@@ -98,9 +105,9 @@ def _decided(name: str, changes: Mapping[str, object]) -> dict[str, object]:
     if not isinstance(source, str) or not (Path(source) / RECORD).is_file():
         return {}
     found = dataclasses.asdict(open_prepared(Path(source)).shape)
-    side = found.pop("side")
+    side, _ = found.pop("side"), found.pop("regions")
     found["validation_scenes"] = found.pop("held_out")
-    return found | ({"side": side} if LESSONS[name].images else {})
+    return found | ({"side": side} if LESSONS[name].sees == "images" else {})
 
 
 def train(recipe: Recipe, seed: int, out: str, listener: Listener | None = None) -> Receipt:
@@ -183,6 +190,11 @@ def _shortfalls(prepared: Prepared) -> Iterator[str]:
         )
     if prepared.cut:
         yield f"{prepared.cut:,} texts were cut to {prepared.shape.length} tokens"
+    if prepared.boxless:
+        yield (
+            f"{prepared.boxless:,} of {prepared.count:,} samples name no box; their regions are the same parts of every"
+            " image"
+        )
 
 
 def examine(recipe: Recipe, seed: int, out: str, scenes: int = _EXAMINED) -> Receipt:
@@ -193,7 +205,8 @@ def examine(recipe: Recipe, seed: int, out: str, scenes: int = _EXAMINED) -> Rec
     folder = Path(out)
     training = _finished(recipe, seed, folder)
     learner = read_learner(recipe.model, folder)
-    untaught = {n for n, _ in learner.named_parameters() if recipe.samples and n.startswith(WORLD_HEADS)}
+    heads = WORLD_HEADS + KEPT_HEADS
+    untaught = {n for n, _ in learner.named_parameters() if recipe.samples and n.startswith(heads)}
     figures = {
         split: {name: dataclasses.asdict(figure) for name, figure in found.items()}
         for split, found in _figures_by_split(recipe, training, learner, scenes).items()

@@ -1,4 +1,4 @@
-"""How well a learner does on pairs of a user's own that it never saw: retrieval, and masked words."""
+"""How well a learner does on pairs of a user's own that it never saw: retrieval, matching, and masked words."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from attnscope.reference.examining import Items, recalls
-from attnscope.reference.learners import Retriever, Text, Vilt
+from attnscope.reference.learners import Lxmert, Retriever, Text, Vilt
 from attnscope.reference.lessons import mask_words_at_random, trimmed
 from attnscope.reference.pairs import Pairs
 
@@ -25,20 +25,22 @@ def examine_pair_retrieval(learner: Retriever, pairs: Pairs) -> dict[str, Items]
     return {name: Items(hits, np.arange(len(pairs))) for name, hits in found.items()}
 
 
-def examine_joint_pairs(learner: Vilt, pairs: Pairs) -> dict[str, Items]:
+def examine_joint_pairs(learner: Vilt | Lxmert, pairs: Pairs) -> dict[str, Items]:
     """Masked words as `examine_pair_words`, and whether a text fits its image."""
     return examine_pair_words(learner, pairs) | _examine_pair_matching(learner, pairs)
 
 
 @torch.no_grad()
-def _examine_pair_matching(learner: Vilt, pairs: Pairs) -> dict[str, Items]:
+def _examine_pair_matching(learner: Vilt | Lxmert, pairs: Pairs) -> dict[str, Items]:
     """Of each image, whether its own text is said to fit ('true'), the next pair's not to ('other'), and their mean.
 
-    Where the next pair has the same text, nothing is asked of the two.
+    Where the next pair has the same text, nothing is asked of the two; no figures where that is so of all.
     """
     words = pairs.words[:].astype(np.int64)
     others = np.roll(words, -1, 0)
     asked = np.flatnonzero((words != others).any(1))
+    if not len(asked):
+        return {}
     told = []
     for texts in (words, others):
         parts = [
@@ -52,7 +54,7 @@ def _examine_pair_matching(learner: Vilt, pairs: Pairs) -> dict[str, Items]:
 
 
 @torch.no_grad()
-def examine_pair_words(learner: Text | Vilt, pairs: Pairs) -> dict[str, Items]:
+def examine_pair_words(learner: Text | Vilt | Lxmert, pairs: Pairs) -> dict[str, Items]:
     """Of each masked word, 15 % of all, whether it is found, and its surprise in bits."""
     words = pairs.words[:].astype(np.int64)
     rng = np.random.Generator(np.random.PCG64(_MASK_SEED))

@@ -1,14 +1,15 @@
 """Images with texts of a user's own, as models learn them: read once, kept in a folder, and read from there by rows.
 
-Preparing decodes every image once, scales it to the side that the model sees, and appends it to one file; texts become
-ids of a vocabulary that is made from the texts that are learned from. What can't be used is left out by name and
-reason.
+Preparing decodes every image once, scales it to the side that the model sees, and appends it to one file; for models
+that see regions, what each box shows and where it lies go to two more. Texts become ids of a vocabulary that is made
+from the texts that are learned from. What can't be used is left out by name and reason.
 """
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +18,8 @@ import numpy as np
 import transformers
 from PIL import Image
 
-from attnscope.reference.corpus import CLS, PAD, SEP, SPECIAL
+from attnscope.families.regions import boxes_of, crop_regions
+from attnscope.reference.corpus import CLS, PAD, REGION_SIDE, REGIONS, SEP, SPECIAL
 from attnscope.samples import Sample, SampleError, iterate_samples
 
 SPLITS = ("test", "validation", "train")
@@ -26,6 +28,7 @@ FEWEST = 10
 RECORD = "prepared.json"
 """The file that says what is prepared in a folder."""
 _PIXELS, _WORDS, _LEFT_OUT = "pixels.bin", "words.npy", "left-out.jsonl"
+_CROPS, _BOXES = "crops.bin", "boxes.bin"
 _SPLIT_SEED = 0
 _TELL_EVERY = 1000
 
@@ -47,8 +50,10 @@ class Learnable(Protocol):
     """What every lesson may ask of a corpus, by scene or pair.
 
     `words[numbers]` are ids (row, token), CLS first, SEP behind the last word, then padding; `pixels[numbers]` are
-    images (row, row of pixels, column, colour) uint8; `hard` says which are to be asked about later than others. A
-    lesson that asks for more (classes of patches, questions) asks a `Corpus` of generated scenes.
+    images (row, row of pixels, column, colour) uint8; `crops[numbers]` are what regions show (row, region, row of
+    pixels, column, colour) uint8, and `boxes[numbers]` (row, region, 4) float32 where they lie in parts of the image's
+    sides; `hard` says which are to be asked about later than others. A lesson that asks for more (classes of patches,
+    questions) asks a `Corpus` of generated scenes.
     """
 
     @property
@@ -57,16 +62,20 @@ class Learnable(Protocol):
     def words(self) -> np.ndarray: ...
     @property
     def pixels(self) -> "np.ndarray | Rows": ...
+    @property
+    def crops(self) -> "np.ndarray | Rows": ...
+    @property
+    def boxes(self) -> "np.ndarray | Rows": ...
     def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How samples are prepared: the side of images (0 for texts alone), and the most tokens of a text.
+    """How samples are prepared: the side of images (0 for none), and the most tokens of a text.
 
     `tokenizer` is 'words' (whole words, the most frequent ones) or 'wordpiece'; `vocabulary` is the most entries.
     `held_out` samples each (a tenth of all at most) are for goals and for the card, and the vocabulary doesn't know
-    them.
+    them. With `regions`, what boxes show is kept, REGIONS of each image.
     """
 
     side: int
@@ -74,6 +83,7 @@ class Shape:
     tokenizer: str
     vocabulary: int
     held_out: int
+    regions: bool = False
 
     def __post_init__(self) -> None:
         if self.tokenizer not in TOKENIZERS:
@@ -87,6 +97,8 @@ class Pairs:
     hard: np.ndarray
     words: np.ndarray
     pixels: Rows
+    crops: Rows
+    boxes: Rows
 
     def __len__(self) -> int:
         return len(self.words)
@@ -94,7 +106,10 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A folder of prepared samples: `count` are usable, `left_out` are not, `cut` of the usable have longer texts."""
+    """A folder of prepared samples: `count` are usable, `left_out` are not, `cut` of the usable have longer texts.
+
+    `boxless` of the usable name no box, where regions are kept.
+    """
 
     folder: Path
     source: str
@@ -104,6 +119,7 @@ class Prepared:
     cut: int
     digest: str
     vocabulary: tuple[str, ...]
+    boxless: int = 0
 
     @property
     def left_out_at(self) -> Path:
@@ -114,11 +130,18 @@ class Prepared:
         """The pairs of a split: those held out for 'test' and for 'validation', the rest for 'train'."""
         numbers = _split(self.count, self.shape.held_out)[name]
         words = np.load(self.folder / _WORDS)[numbers]
-        pixels = np.zeros((self.count, 0), np.uint8)
-        if self.shape.side:
-            shape = (self.count, self.shape.side, self.shape.side, 3)
-            pixels = np.memmap(self.folder / _PIXELS, np.uint8, "r", shape=shape)
-        return Pairs(np.zeros(len(numbers), bool), words, Rows(pixels, numbers))
+        side, regions = self.shape.side, REGIONS if self.shape.regions else 0
+        kept = (
+            self._kept(_PIXELS, np.uint8, (side, side, 3)),
+            self._kept(_CROPS, np.uint8, (regions, REGION_SIDE, REGION_SIDE, 3)),
+            self._kept(_BOXES, np.float32, (regions, 4)),
+        )
+        return Pairs(np.zeros(len(numbers), bool), words, *(Rows(array, numbers) for array in kept))
+
+    def _kept(self, name: str, kind: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
+        """A file of the folder as an array (sample, ...); nothing is read where nothing is kept of a sample."""
+        whole = (self.count, *shape)
+        return np.memmap(self.folder / name, kind, "r", shape=whole) if np.prod(shape) else np.zeros(whole, kind)
 
 
 def _split(count: int, held_out: int) -> dict[str, np.ndarray]:
@@ -137,12 +160,18 @@ def prepare(source: str, folder: Path, shape: Shape, tell: Callable[[int], None]
     Raises
     ------
     SampleError
-        When the source can't be read, holds too few usable samples, or the folder has something else prepared.
+        When the source can't be read, holds too few usable samples, or the folder has something else prepared, or no
+        regions where they are needed.
     """
     if (folder / RECORD).is_file():
         found = open_prepared(folder)
-        # Who needs no images doesn't mind any.
-        asked = shape if shape.side else replace(shape, side=found.shape.side)
+        if shape.regions and not found.shape.regions:
+            raise SampleError(
+                f"{str(folder)!r} holds samples prepared without the regions that the model sees; prepare them into"
+                " another folder with --regions"
+            )
+        # Who needs no images or no regions doesn't mind any.
+        asked = replace(shape, side=shape.side or found.shape.side, regions=found.shape.regions)
         if (found.source, found.shape) != (source, asked):
             raise SampleError(
                 f"{str(folder)!r} holds samples prepared otherwise ({found.source!r}, {_words_of(found.shape)});"
@@ -151,7 +180,7 @@ def prepare(source: str, folder: Path, shape: Shape, tell: Callable[[int], None]
         return found
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    texts = _read(source, folder, shape.side, digest, tell or (lambda seen: None))
+    texts = _read(source, folder, shape, digest, tell or (lambda seen: None))
     if len(texts.used) < FEWEST:
         example = f", for example {texts.example}" if texts.example else ""
         raise SampleError(
@@ -171,6 +200,7 @@ def prepare(source: str, folder: Path, shape: Shape, tell: Callable[[int], None]
         "cut": cut,
         "digest": digest.hexdigest(),
         "vocabulary": vocabulary,
+        "boxless": texts.boxless,
     }
     # Written last: the folder is prepared when this stands.
     unfinished = folder / f"{RECORD}.unfinished"
@@ -192,49 +222,64 @@ def _words_of(shape: Shape) -> str:
 
 @dataclass
 class _Texts:
-    """Texts of the usable samples, how many were seen, and one that wasn't usable."""
+    """Texts of the usable samples, how many were seen, one that wasn't usable, and how many lack a box they need."""
 
     used: list[str]
     seen: int = 0
     example: str = ""
+    boxless: int = 0
 
 
 class _Digest(Protocol):
     def update(self, content: bytes, /) -> None: ...
 
 
-def _read(source: str, folder: Path, side: int, digest: _Digest, tell: Callable[[int], None]) -> _Texts:
-    """Append the images of usable samples to one file, and name the others in another."""
+def _read(source: str, folder: Path, shape: Shape, digest: _Digest, tell: Callable[[int], None]) -> _Texts:
+    """Append what is kept of usable samples to a file each, and name the others in another."""
     texts = _Texts([])
-    with (folder / _PIXELS).open("wb") as pixels, (folder / _LEFT_OUT).open("w", encoding="utf-8") as left_out:
+    names = (_PIXELS, _CROPS, _BOXES) if shape.regions else (_PIXELS,)
+    with ExitStack() as opened:
+        files = [opened.enter_context((folder / name).open("wb")) for name in names]
+        left_out = opened.enter_context((folder / _LEFT_OUT).open("w", encoding="utf-8"))
         for sample in iterate_samples(source):
             texts.seen += 1
             if texts.seen % _TELL_EVERY == 0:
                 tell(texts.seen)
             try:
-                image = _usable(sample, side)
+                contents = _usable(sample, shape)
             except SampleError as error:
                 texts.example = texts.example or f"{sample.id!r}: {error}"
                 left_out.write(json.dumps({"id": sample.id, "problem": str(error)}) + "\n")
                 continue
-            pixels.write(image)
-            digest.update(image)
+            for file, content in zip(files, contents, strict=True):
+                file.write(content)
+                digest.update(content)
             texts.used.append(str(sample.text))
+            texts.boxless += shape.regions and all(region.box is None for region in sample.regions)
     return texts
 
 
-def _usable(sample: Sample, side: int) -> bytes:
-    """The scaled image of a sample that has what is needed; empty where texts alone are needed."""
+def _usable(sample: Sample, shape: Shape) -> list[bytes]:
+    """What is kept of a sample that has what is needed: its scaled image (empty where none is needed), its regions."""
     if sample.problem:
         raise SampleError(sample.problem)
     if not (sample.text or "").strip():
         raise SampleError("it has no text")
-    if not side:
-        return b""
+    if not shape.side and not shape.regions:
+        return [b""]
     image = sample.load_image()
     if image is None:
         raise SampleError("it has no image")
-    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR)).tobytes()
+    side = (shape.side, shape.side)
+    pixels = np.asarray(image.resize(side, Image.Resampling.BILINEAR)).tobytes() if shape.side else b""
+    return [pixels, *(_regions(sample, image) if shape.regions else ())]
+
+
+def _regions(sample: Sample, image: Image.Image) -> tuple[bytes, bytes]:
+    """What REGIONS boxes of a sample show, and where they lie (see `Learnable`)."""
+    boxes = boxes_of(sample.regions, image.size, REGIONS)
+    places = (boxes / [*image.size, *image.size]).astype(np.float32)
+    return crop_regions(image, boxes, REGION_SIDE).tobytes(), places.tobytes()
 
 
 def tokenizer_of(vocabulary: Sequence[str], length: int) -> transformers.BertTokenizer:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -109,8 +109,9 @@ class Recipe:
     @property
     def shape(self) -> Shape:
         """How its samples are prepared."""
-        side = self.side if LESSONS[self.model].images else 0
-        return Shape(side, self.length, self.tokenizer, self.vocabulary, self.validation_scenes)
+        sees = LESSONS[self.model].sees
+        side = self.side if sees == "images" else 0
+        return Shape(side, self.length, self.tokenizer, self.vocabulary, self.validation_scenes, sees == "regions")
 
     def sizes(self, prepared: Prepared | None) -> Sizes:
         """The sizes of its model."""
@@ -448,24 +449,30 @@ class _Lessons:
 
     With `examine_pairs`, which gives such figures of pairs, it learns from samples as well, at any size, in several
     processes and on any device: its losses then take a `batch`, ask nothing but what `Learnable` has, and heed the
-    learner's `share` and `device`. `images` says whether it needs any. With `alone_on_scenes` it learns from generated
-    scenes all the same at its own batch, in float32 and in one process on the processor.
+    learner's `share` and `device`. `sees` is what it needs of samples beside texts. With `alone_on_scenes` it learns
+    from generated scenes all the same at its own batch, in float32 and in one process on the processor.
     """
 
     names: tuple[str, ...]
     losses: Callable[..., dict[str, Tensor]]
     figures: Callable[..., dict[str, float]]
     examine_pairs: Callable[..., dict[str, Items]] | None = None
-    images: bool = True
+    sees: Literal["images", "regions", ""] = "images"
     alone_on_scenes: bool = False
 
 
-_JOINT = _Lessons(("words", "match", "answers", "hidden_units", "units"), joint_losses, _joint_figures)
+_JOINT = _Lessons(
+    ("words", "match", "answers", "hidden_units", "units"),
+    joint_losses,
+    _joint_figures,
+    examine_joint_pairs,
+    alone_on_scenes=True,
+)
 LESSONS = {
-    "vilt": dataclasses.replace(_JOINT, examine_pairs=examine_joint_pairs, alone_on_scenes=True),
-    "lxmert": _JOINT,
+    "vilt": _JOINT,
+    "lxmert": dataclasses.replace(_JOINT, sees="regions"),
     "clip": _Lessons(("images", "texts", "units"), contrastive_losses, _retrieval_figures, examine_pair_retrieval),
-    "text": _Lessons(("words",), word_losses, _word_figures, examine_pair_words, images=False),
+    "text": _Lessons(("words",), word_losses, _word_figures, examine_pair_words, sees=""),
     "simla": _Lessons(simla_lessons.LOSSES, simla_lessons.simla_losses, _simla_figures, examine_pair_retrieval),
     "mapper": _Lessons(("answers", "captions", "units"), mapper_losses, _mapper_figures),
     "scan": _Lessons(("match", "units"), scan_losses, _scan_figures),

@@ -23,6 +23,8 @@ WEIGHTS = "model.safetensors"
 _UNITS = "patch_classifier"
 WORLD_HEADS = (_UNITS, "classifier.")
 """What the heads are called that generated scenes alone can teach: classes of units, and answers."""
+KEPT_HEADS = ("obj_predict_head.", "answer_head.")
+"""LXMERT's own heads of this kind: its class has them, so they are in its file as they began where none taught them."""
 _PIXELS = {"resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
@@ -38,7 +40,7 @@ def write_model(
     """Write config, weights, tokenizer and processor of a learner.
 
     `vocabulary` are the words of its ids; `alignment` is the score of its attention where that is not its own. One
-    that learned `of_samples` has no heads for units' classes and answers, and squares of its images.
+    that learned `of_samples` has no heads for units' classes and answers but LXMERT's own, and squares of its images.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = getattr(learner, "config", None) or CONFIGS[name]()

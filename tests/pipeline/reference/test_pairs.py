@@ -1,6 +1,8 @@
 """Images and texts of a user's own are read once, kept as they are learned from, and missed by name."""
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,48 @@ def test_prepared_samples_are_not_read_again_and_not_taken_for_others(photograph
     assert prepare(str(photographs), tmp_path, SHAPE) == first == open_prepared(tmp_path)
     with pytest.raises(SampleError, match="holds samples prepared otherwise"):
         prepare(str(photographs), tmp_path, Shape(32, 8, "words", 100, 2))
+
+
+def test_regions_are_kept_where_they_are_asked_for(photographs: Path, tmp_path: Path) -> None:
+    """Beside images or without them; nothing else changes by that, and folders without them are what they were."""
+    plain = prepare(str(photographs), tmp_path / "plain", SHAPE)
+    shape = replace(SHAPE, regions=True)
+    both = prepare(str(photographs), tmp_path / "both", shape)
+    alone = prepare(str(photographs), tmp_path / "alone", replace(shape, side=0))
+    assert len({plain.digest, both.digest, alone.digest}) == 3
+    first, second, third = (prepared.split("train") for prepared in (plain, both, alone))
+    assert (first.pixels[:] == second.pixels[:]).all() and first.words.tolist() == second.words.tolist()
+    assert second.crops[:].shape == third.crops[:].shape == (20, 9, 8, 8, 3)
+    assert (second.crops[:] == third.crops[:]).all() and second.crops[:].std() > 10
+    assert (second.boxes[:] == third.boxes[:]).all() and second.boxes[:1].shape == (1, 9, 4)
+    # Who needs none doesn't mind any.
+    assert prepare(str(photographs), tmp_path / "both", SHAPE) == both
+    with pytest.raises(SampleError, match="holds samples prepared without the regions that the model sees"):
+        prepare(str(photographs), tmp_path / "plain", shape)
+
+
+def test_a_folder_that_was_prepared_before_regions_were_is_opened(photographs: Path, tmp_path: Path) -> None:
+    prepared = prepare(str(photographs), tmp_path, SHAPE)
+    record = json.loads((tmp_path / "prepared.json").read_text())
+    del record["shape"]["regions"], record["boxless"]
+    (tmp_path / "prepared.json").write_text(json.dumps(record))
+    digest = hashlib.sha256((tmp_path / "pixels.bin").read_bytes())
+    digest.update(np.load(tmp_path / "words.npy").tobytes())
+    assert record["digest"] == digest.hexdigest()
+    assert prepare(str(photographs), tmp_path, SHAPE) == prepared
+    assert {file.name for file in tmp_path.iterdir()} == {
+        *("prepared.json", "pixels.bin", "words.npy", "left-out.jsonl", "photographs")
+    }
+
+
+def test_a_box_outside_its_image_costs_its_sample(photographs: Path, tmp_path: Path) -> None:
+    lines = (photographs / "metadata.jsonl").read_text().splitlines()
+    record = json.loads(lines[0]) | {"regions": [{"box": [0, 0, 30, 20]}, {"box": [0, 0, 30.5, 20]}]}
+    (photographs / "metadata.jsonl").write_text("\n".join([json.dumps(record), *lines[1:]]))
+    prepared = prepare(str(photographs), tmp_path / "data", replace(SHAPE, regions=True))
+    problem = "box [0.0, 0.0, 30.5, 20.0] reaches out of its image of 30 x 20 pixels"
+    assert list(left_out(prepared)) == [("p0.png", problem)]
+    assert prepare(str(photographs), tmp_path / "plain", SHAPE).left_out == 0
 
 
 def test_preparing_that_was_cut_short_begins_anew(photographs: Path, tmp_path: Path) -> None:

@@ -20,15 +20,19 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from attnscope.cli import main
+from attnscope.extraction import extract
+from attnscope.families.lxmert import encode_regions
+from attnscope.loading import load_model
 from attnscope.reference import making, spreading
-from attnscope.reference.learners import Clip, Seen, Vilt
+from attnscope.reference.learners import Clip, Lxmert, Seen, Sizes, Vilt, lxmert_config
 from attnscope.reference.lessons import draw_scenes, joint_losses, mask_words_at_random
 from attnscope.reference.making import ReferenceError, recipe_of
 from attnscope.reference.pairs import open_prepared
 from attnscope.reference.spreading import ProcessDied
 from attnscope.reference.training import RECIPES, Recipe, Training, TrainingProgress
 from attnscope.reference.weights import read_learner, weights_digest
-from attnscope.samples import SampleError
+from attnscope.run import EXTRACTED, LEFT_OUT
+from attnscope.samples import Region, SampleError, read_samples
 
 SIZES = {"side": 16, "patch": 8, "width": 16, "heads": 2, "layers": 1, "text_layers": 1, "length": 12}
 SHORT = SIZES | {"batch": 8, "steps": 4, "decay": 4, "examine_every": 3, "validation_scenes": 2}
@@ -38,7 +42,18 @@ def recipe(model: str, photographs: Path, **changes: object) -> Recipe:
     return recipe_of(model, SHORT | {"samples": str(photographs)} | changes)
 
 
-@pytest.mark.parametrize("model", ["clip", "text", "simla", "vilt"])
+def name_boxes(photographs: Path) -> None:
+    """Name boxes of every other photograph: none of the first, one of the next, and so on to eleven."""
+    metadata = photographs / "metadata.jsonl"
+    records = [json.loads(line) for line in metadata.read_text().splitlines()]
+    for number, record in enumerate(records[::2]):
+        boxes = [[2 * k, 0.5, 2 * k + 5, 15.5] for k in range(number, 0, -1)]
+        record["regions"] = [{"box": box} for box in boxes]
+        record["regions"] += [{"phrase": "photograph"}]
+    metadata.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.mark.parametrize("model", ["clip", "text", "simla", "vilt", "lxmert"])
 def test_a_model_of_samples_is_a_folder_that_transformers_reads(model: str, photographs: Path, tmp_path: Path) -> None:
     import transformers
 
@@ -51,6 +66,7 @@ def test_a_model_of_samples_is_a_folder_that_transformers_reads(model: str, phot
         "text": transformers.BertForMaskedLM,
         "simla": transformers.BlipForImageTextRetrieval,
         "vilt": transformers.ViltForImageAndTextRetrieval,
+        "lxmert": transformers.LxmertForPreTraining,
     }[model]
     read, report = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
     # SIMLA's further heads are no part of BLIP's retrieval, nor ViLT's for words of its matching.
@@ -77,6 +93,16 @@ def test_a_model_of_samples_is_a_folder_that_transformers_reads(model: str, phot
         torch.testing.assert_close(read(**inputs).logits[:, 0], learner.match(hidden))
         stored = load_file(tmp_path / "out" / "model.safetensors")
         assert not any(key.startswith(("classifier.", "patch_classifier.")) for key in stored)
+    if isinstance(learner, Lxmert):
+        seen = learner.see(open_prepared(tmp_path / "out" / "data").split("train"), np.arange(1))
+        out = read(input_ids=words, visual_feats=seen.pixels, visual_pos=seen.boxes)
+        hidden = learner.encode(words, seen)
+        torch.testing.assert_close(out.prediction_logits, learner.words(hidden))
+        scores = out.cross_relationship_score
+        torch.testing.assert_close(scores[:, 1] - scores[:, 0], learner.match(hidden))
+        untaught = [*learner.answer_head.parameters(), *learner.obj_predict_head.parameters()]
+        count = sum(p.numel() for p in learner.parameters()) - sum(p.numel() for p in untaught)
+        assert json.loads((tmp_path / "out" / "card.json").read_text())["parameters"] == count
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert card["samples"]["train"] == 20 and card["examined_scenes"] == 2
     assert card["digest"] == examined["digest"]
@@ -94,10 +120,56 @@ def test_training_on_samples_learns_what_they_show(photographs: Path, tmp_path: 
     assert losses[-1] < 1.2 < 0.6 * np.log(8)
 
 
-@pytest.mark.parametrize("alignment", ["", "cosine"])
-def test_a_joint_stream_learns_which_text_fits(alignment: str, photographs: Path, tmp_path: Path) -> None:
+def test_regions_that_are_learned_from_are_those_of_an_extraction(photographs: Path, tmp_path: Path) -> None:
+    """Of named boxes, of too few and of too many of them, and with another score in the attention."""
+    name_boxes(photographs)
+    chosen = recipe("lxmert", photographs, alignment="general_qwk", validation_scenes=1)
+    notes = making.train(chosen, 0, str(tmp_path / "out"))["notes"]
+    assert "13 of 24 samples name no box; their regions are the same parts of every image" in notes  # type: ignore
+    prepared = open_prepared(tmp_path / "out" / "data")
+    learner = read_learner("lxmert", tmp_path / "out")
+    assert isinstance(learner, Lxmert)
+    samples = {sample.text: sample for sample in read_samples(photographs)}
+    loaded = load_model(str(tmp_path / "out"))
+    pairs = prepared.split("train")
+    checked = set()
+    for row in range(len(pairs)):
+        words = [prepared.vocabulary[number] for number in pairs.words[row] if number > 4]
+        name = next(word for word in words if word.isdigit())
+        sample = next(s for text, s in samples.items() if str(text).endswith(f" {name}."))
+        inputs = encode_regions([sample], loaded)
+        seen = learner.see(pairs, np.array([row]))
+        assert seen.boxes is not None and seen.pixels.shape == (1, 9, 3 * 8 * 8)
+        torch.testing.assert_close(inputs["visual_feats"], seen.pixels, rtol=0, atol=0)
+        torch.testing.assert_close(inputs["visual_pos"], seen.boxes, rtol=0, atol=0)
+        named = sum(region.box is not None for region in sample.regions)
+        # Boxes by their place, then the whole image.
+        height = 20 + int(name)
+        assert seen.boxes[0, :named, 0].tolist() == pytest.approx([2 * (k + 1) / 30 for k in range(min(named, 9))])
+        assert seen.boxes[0, :named, 3].tolist() == pytest.approx([15.5 / height] * min(named, 9))
+        assert named >= 9 or seen.boxes[0, named].tolist() == [0, 0, 1, 1]
+        checked.add(named)
+    assert 0 in checked and checked & {*range(1, 9)} and max(checked) > 9
+    # A box that reaches out of its image costs its sample here as well.
+    given = read_samples(photographs)[:3]
+    given[1] = dataclasses.replace(given[1], regions=(Region(box=(0, 0, 31, 5)),))
+    run = extract(str(tmp_path / "out"), given, out=tmp_path / "run")
+    assert run.status.tolist() == [EXTRACTED, LEFT_OUT, EXTRACTED]
+    assert run.attention("text.vision").shape[-1] == 9
+
+
+def test_a_single_pair_that_is_held_out_has_no_other_text(photographs: Path, tmp_path: Path) -> None:
+    chosen = recipe("vilt", photographs, validation_scenes=1)
+    making.train(chosen, 0, str(tmp_path))
+    making.examine(chosen, 0, str(tmp_path))
+    figures = json.loads((tmp_path / "card.json").read_text())["figures"]["test"]
+    assert figures.keys() == {"words", "words_bits"}
+
+
+@pytest.mark.parametrize(("model", "alignment"), [("vilt", ""), ("vilt", "cosine"), ("lxmert", "")])
+def test_a_joint_stream_learns_which_text_fits(model: str, alignment: str, photographs: Path, tmp_path: Path) -> None:
     changes = {"width": 32, "layers": 2, "batch": 20, "steps": 500, "decay": 100, "warm_up": 20, "examine_every": 100}
-    chosen = recipe("vilt", photographs, peak_rate=3e-3, alignment=alignment, **changes)
+    chosen = recipe(model, photographs, peak_rate=3e-3, alignment=alignment, **changes)
     told: list[TrainingProgress] = []
     notes = making.train(chosen, 0, str(tmp_path), told.append)["notes"]
     assert "without the loss of answers" in notes[-1] and "hidden_units" in notes[-1]  # type: ignore[index]
@@ -110,13 +182,17 @@ def test_a_joint_stream_learns_which_text_fits(alignment: str, photographs: Path
     assert {"words", "words_bits", "matching_true", "matching_other", "matching_balanced"} == figures["test"].keys()
 
 
-def test_a_joint_stream_is_asked_for_masked_words_and_for_wrong_texts(photographs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", [Vilt, Lxmert])
+def test_a_joint_stream_is_asked_for_masked_words_and_for_wrong_texts(
+    model: type[Vilt] | type[Lxmert], photographs: Path, tmp_path: Path
+) -> None:
     """Against the losses of single pairs, added up."""
-    chosen = recipe("vilt", photographs)
+    name_boxes(photographs)
+    chosen = recipe(model.__name__.lower(), photographs)
     prepared = making.prepare_samples(chosen, tmp_path / "training")
     pairs = prepared.split("train")
     torch.manual_seed(0)
-    learner = Vilt.of(chosen.sizes(prepared))
+    learner = model.of(chosen.sizes(prepared))
     for parameter in learner.parameters():
         nn.init.normal_(parameter, 0, 0.3)
     found = joint_losses(learner, pairs, np.random.Generator(np.random.PCG64(7)), batch=20)
@@ -142,12 +218,25 @@ def test_a_joint_stream_is_asked_for_masked_words_and_for_wrong_texts(photograph
     torch.testing.assert_close(found["match"], torch.stack(match).mean(), rtol=1e-5, atol=1e-5)
 
 
+def test_regions_are_crossed_in_half_of_the_layers() -> None:
+    """As many of each kind as the carried model has at its sizes, and at least one."""
+    found = {
+        layers: tuple(
+            getattr(lxmert_config(Sizes(layers=layers, text_layers=3)), f"{kind}_layers") for kind in ("l", "r", "x")
+        )
+        for layers in (1, 4, 9)
+    }
+    assert found == {1: (3, 1, 1), 4: (3, 1, 2), 9: (3, 3, 5)}
+
+
 def test_losses_that_samples_do_not_tell_are_left_out_and_named(photographs: Path, tmp_path: Path) -> None:
     (photographs / "p3.png").write_bytes(b"no image")
     notes = making.train(recipe("clip", photographs), 0, str(tmp_path / "out"))["notes"]
     assert len(notes) == 2  # type: ignore[arg-type]
     assert notes[0].startswith("1 of 24 samples were left out, first 'p3.png': image can't be decoded")  # type: ignore
-    assert notes[1] == "without the loss of units (it needs the class of each patch), which samples don't tell"  # type: ignore
+    assert (
+        notes[1] == "without the loss of units (it needs the class of each patch or region), which samples don't tell"
+    )  # type: ignore
     assert "patch_classifier.weight" not in load_file(tmp_path / "out" / "model.safetensors")
 
 
@@ -255,6 +344,7 @@ def test_two_processes_have_the_gradients_of_one(photographs: Path, tmp_path: Pa
         "text-own": own,
         "simla-own": shared,
         "vilt-own": own,
+        "lxmert-own": own,
     }
     for name, changes in cases.items():
         model = name.partition("-")[0]
@@ -330,7 +420,8 @@ def test_a_training_goes_on_over_another_number_of_processes(photographs: Path, 
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [
-        ("lxmert", {"samples": "x"}, "lxmert learns from generated scenes alone.*vilt, clip, text.* take 'samples'"),
+        ("mapper", {"samples": "x"}, "mapper learns from generated scenes alone.*vilt, lxmert, clip.* take 'samples'"),
+        ("lxmert", {"dtype": "bfloat16"}, "lxmert learns from generated scenes at its own batch.*for another 'dtype'"),
         ("vilt", {"processes": 2}, "vilt learns from generated scenes at its own batch.*for another 'processes'"),
         ("vilt", {"batch": 64}, "vilt learns from generated scenes at its own batch.*for another 'batch'"),
         ("clip", {"side": 64}, "'side' of generated scenes is 48; name samples for another value"),
