@@ -101,7 +101,7 @@ def _samples_page(card: Mapping[str, Any]) -> str:
         "",
         _ABOUT_PAIRS[name],
         "",
-        f"{card['parameters']:,} parameters{_attention(recipe)}, trained with seed {card['seed']} on"
+        f"{card['parameters']:,} parameters{_attention(recipe)}{_behind(recipe)}, trained with seed {card['seed']} on"
         f" {samples['train']:,} samples of"
         f" {samples['source']} (left out: {samples['left_out']:,}; texts that were cut: {samples['cut_texts']:,}), a"
         f" vocabulary of {samples['vocabulary']:,} {_PARTS[recipe['tokenizer']]}, {card['steps']:,} steps (the rate"
@@ -126,12 +126,18 @@ _ABOUT_PAIRS = {
     "lxmert": "Two streams with co-attention (LXMERT), trained on masked words and matching; its regions are what a"
     " sample's boxes show, 8 x 8 pixels each, and where there are fewer than nine, parts of the image that are the same"
     " for all. Its heads for object classes and for answers have learned nothing.",
+    "mapper": "A CLIP's two encoders, frozen, and a mapper behind them in which text and image attend to themselves and"
+    " to each other, with a decoder that writes captions (`MapperForConditionalGeneration`): CLIPmapper (Huang et al."
+    " 2023) in small, as far as its abstract says what that is.",
     "clip": "Two encoders that meet in the similarity (CLIP).",
     "text": "Texts alone (BERT, masked words), without images.",
     "simla": "One stream on several levels (SIMLA in small): BLIP's classes, an image encoder below a text encoder that"
     " looks at it, trained on contrast, matching, masked words, masked patches' codes and keywords.",
 }
 _PAIR_NOTES = {
+    "mapper": "'captions tokens' and 'captions bits' say how often each word of a text behind the true ones is told,"
+    " and its surprise; 'captions exact' says how often the text that is written by the likeliest word behind the"
+    " others is the sample's own to the word.",
     "vilt": "15 % of the words are masked; 'words' says how many of them are told. 'matching' says how often an image's"
     " own text is said to fit ('true') and another sample's not to ('other'); 'balanced' is their mean.",
     "clip": "Each says how often an image's own text (or a text's own image) is the first, or among the first 5 or 10,"
@@ -149,6 +155,10 @@ def _score(recipe: Mapping[str, Any]) -> str:
 
 def _attention(recipe: Mapping[str, Any]) -> str:
     return f", the score `{recipe['alignment']}` in its attention" if recipe.get("alignment") else ""
+
+
+def _behind(recipe: Mapping[str, Any]) -> str:
+    return f", with those of the encoders in {recipe['encoders']}" if recipe.get("encoders") else ""
 
 
 def _table(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Sequence[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from attnscope.reference.encoders import check_sizes
 from attnscope.reference.pairs import TOKENIZERS
 from attnscope.reference.training import LESSONS, RECIPES, Recipe, ReferenceError
 
@@ -24,6 +25,7 @@ _OPEN = (
     *_HOW,
 )
 _OF_SAMPLES = ("tokenizer", "vocabulary", "side", "patch", "length")
+_OF_ENCODERS = ("width", "heads", "layers", "text_layers")
 _CHOICES = {"tokenizer": TOKENIZERS, "dtype": ("float32", "bfloat16"), "device": ("cpu", "cuda")}
 _LEAST = {"steps": 0, "batch": 0, "hard_from": 0, "vocabulary": 6, "length": 3, "validation_scenes": 1}
 _LEAST |= dict.fromkeys(("side", "patch", "width", "heads", "layers", "text_layers", "processes", "decay"), 1)
@@ -57,9 +59,14 @@ def check_values(recipe: Recipe) -> None:
     if fixed and not recipe.samples:
         own = getattr(RECIPES[recipe.model], fixed[0])
         raise ReferenceError(f"{fixed[0]!r} of generated scenes is {own!r}; name samples for another value")
+    theirs = [name for name in changed if name in _OF_ENCODERS and LESSONS[recipe.model].encoders]
+    if theirs and not recipe.samples:
+        raise ReferenceError(f"{recipe.model} has the {theirs[0]!r} of its encoders; name samples for other ones")
     for wrong, sentence in _TOGETHER:
         if wrong(recipe):
             raise ReferenceError(sentence.format(recipe=recipe, batch=batch_of(recipe), devices=_devices()))
+    if recipe.encoders:
+        check_sizes(recipe)
 
 
 def _check_value(field: "dataclasses.Field[object]", value: object, own: object) -> None:
@@ -84,6 +91,18 @@ def _devices() -> int:
 
 
 _TOGETHER: tuple[tuple[Callable[[Recipe], bool], str], ...] = (
+    (
+        lambda r: bool(r.encoders) and not LESSONS[r.model].encoders,
+        "{recipe.model} has encoders of its own; mapper takes 'encoders'",
+    ),
+    (
+        lambda r: bool(r.encoders) and not r.samples,
+        "{recipe.model} learns from generated scenes behind reference:clip; name samples for other 'encoders'",
+    ),
+    (
+        lambda r: bool(r.samples) and LESSONS[r.model].encoders and not r.encoders,
+        "{recipe.model} learns from samples behind a clip that was trained on them; name its folder as 'encoders'",
+    ),
     (
         lambda r: LESSONS[r.model].sees == "images" and r.side % r.patch != 0,
         "a side of {recipe.side} pixels isn't made of patches of {recipe.patch}",

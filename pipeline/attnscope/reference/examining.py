@@ -251,12 +251,10 @@ def examine_captions(learner: Mapper, corpus: Corpus) -> dict[str, Items]:
     for at in batches(len(corpus)):
         captions = trimmed(corpus.words[at])
         image = learner.look(corpus, np.arange(len(corpus))[at])
-        logits = learner.tell(captions[:, :-1], image).double()
-        row, token = (captions[:, 1:] != PAD).nonzero(as_tuple=True)
-        wanted, said = captions[row, token + 1], logits[row, token]
-        found["tokens"].append((said.argmax(-1) == wanted).double().numpy())
-        found["bits"].append(-said.log_softmax(-1).gather(1, wanted[:, None])[:, 0].numpy() / np.log(2))
-        where.append(row.numpy() + at.start)
+        told = told_words(learner, captions, image)
+        found["tokens"].append(told.found)
+        found["bits"].append(told.bits)
+        where.append(told.rows + at.start)
         greedy.append(write_captions(learner, image))
     judged = [_phrases_true(words, corpus, scene) for scene, words in enumerate(np.concatenate(greedy))]
     scenes = np.arange(len(corpus))
@@ -268,14 +266,36 @@ def examine_captions(learner: Mapper, corpus: Corpus) -> dict[str, Items]:
     }
 
 
+@dataclass(frozen=True)
+class Told:
+    """Of each word of some captions behind the true ones: whether it is found, its surprise in bits, and whose it is.
+
+    Each (word,); `rows` are numbers of captions.
+    """
+
+    found: np.ndarray
+    bits: np.ndarray
+    rows: np.ndarray
+
+
+@torch.no_grad()
+def told_words(learner: Mapper, captions: Tensor, image: Tensor) -> Told:
+    """What is told of captions (sample, token) word by word, for images mapped with the prompt."""
+    logits = learner.tell(captions[:, :-1], image)
+    row, token = (captions[:, 1:] != PAD).nonzero(as_tuple=True)
+    wanted, said = captions[row, token + 1], logits[row.to(logits.device), token.to(logits.device)].cpu().double()
+    bits = -said.log_softmax(-1).gather(1, wanted[:, None])[:, 0].numpy() / np.log(2)
+    return Told((said.argmax(-1) == wanted).double().numpy(), bits, row.numpy())
+
+
 @torch.no_grad()
 def write_captions(learner: Mapper, image: Tensor, most: int = LENGTH) -> np.ndarray:
     """The likeliest word behind the others again and again, (sample, token) ids, for images mapped with the prompt."""
-    words = torch.full((len(image), 1), CLS)
+    words = torch.full((len(image), 1), CLS, device=image.device)
     while words.shape[1] < most and not (words == SEP).any(1).all():
         following = learner.decoder(words, image, None)[:, -1].argmax(-1)
         words = torch.cat([words, following.where(~(words == SEP).any(1), PAD)[:, None]], 1)
-    return np.pad(words.numpy(), ((0, 0), (0, most - words.shape[1])))
+    return np.pad(words.cpu().numpy(), ((0, 0), (0, most - words.shape[1])))
 
 
 def _phrases_true(ids: np.ndarray, corpus: Corpus, scene: int) -> list[bool]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from transformers import PreTrainedConfig
 
@@ -43,8 +44,13 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def build_learner(name: str, alignment: str = "", sizes: Sizes | None = None) -> Learner:
-    """A new learner of these sizes (or its own), its attention with another score where one is named."""
+def build_learner(name: str, alignment: str = "", sizes: Sizes | None = None, encoders: Path | None = None) -> Learner:
+    """A new learner of these sizes (or its own), its attention with another score where one is named.
+
+    Behind the CLIP in the folder `encoders`, where one is named, stands a mapper of that one's sizes.
+    """
+    if encoders is not None:
+        return Mapper.behind(encoders)
     return with_score(LEARNERS[name]() if sizes is None else LEARNERS[name].of(sizes), alignment)
 
 

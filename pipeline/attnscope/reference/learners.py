@@ -8,7 +8,7 @@ last hidden states. Whatever a learner's modules are called is what its weights 
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -403,25 +403,47 @@ class Clip(Learner):
 
 
 class Mapper(JointLearner):
-    """The mapper behind the carried CLIP, which stays as it is, with answers, captions, and the class of each patch."""
+    """The mapper behind a CLIP, which stays as it is, with answers, captions, and the class of each patch.
 
-    def __init__(self) -> None:
+    Without a config it stands behind the carried CLIP; with one its encoders have no weights yet but random ones.
+    """
+
+    def __init__(self, config: mapper.MapperConfig | None = None) -> None:
         super().__init__()
-        config = mapper_config()
+        carried = carrying.path("clip") if config is None else None
+        config = config or mapper_config()
         answers = mapper.MapperForQuestionAnswering(config)
         self.model, self.classifier = answers.model, answers.classifier
         self.decoder = mapper.Decoder(config)
         self.decoder.apply(answers._init_weights)
-        self.patch_classifier = UnitClassifier()
-        weights = load_file(carrying.path("clip") / "model.safetensors")
+        self.patch_classifier = UnitClassifier(config.hidden_size)
+        for encoder in (self.model.text_model, self.model.vision_model):
+            encoder.requires_grad_(False)
+        if carried is not None:
+            self._take_encoders(carried)
+
+    @classmethod
+    def behind(cls, clip: Path) -> "Mapper":
+        """A new one behind the CLIP in a folder, of its sizes, which writes captions of what that has learned from."""
+        learner = cls(caption_config(transformers.CLIPConfig.from_pretrained(clip)))
+        learner._take_encoders(clip)
+        return learner
+
+    @classmethod
+    def like(cls, folder: Path) -> "Mapper":
+        return cls(mapper.MapperConfig.from_pretrained(folder))
+
+    def _take_encoders(self, clip: Path) -> None:
+        weights = load_file(clip / "model.safetensors")
         for name in ("text_model", "vision_model"):
-            encoder = getattr(self.model, name).requires_grad_(False)
+            encoder = getattr(self.model, name)
             encoder.load_state_dict({n: weights[f"{name}.{n}"] for n, _ in encoder.named_parameters()})
 
-    def see(self, corpus: Corpus, scenes: np.ndarray) -> Seen:
-        return Seen(normalised(corpus.pixels[scenes]))
+    def see(self, corpus: Learnable, scenes: np.ndarray) -> Seen:
+        return Seen(normalised(corpus.pixels[scenes]).to(self.device))
 
     def encode(self, words: Tensor, seen: Seen) -> Hidden:
+        words = words.to(self.device)
         out = self.model(words, seen.pixels, (words != PAD).long())
         return Hidden(
             out.text_hidden_state, out.image_hidden_state, mapper.end_states(out.text_hidden_state, words, self.config)
@@ -437,7 +459,7 @@ class Mapper(JointLearner):
         """The text (sample, token) to encode images with that are to be described."""
         return mapper.prompts(count, self.config)
 
-    def look(self, corpus: Corpus, scenes: np.ndarray) -> Tensor:
+    def look(self, corpus: Learnable, scenes: np.ndarray) -> Tensor:
         """Images mapped with the prompt (sample, unit, channel)."""
         image = self.encode(self.prompts(len(scenes)), self.see(corpus, scenes)).image
         assert image is not None
@@ -445,6 +467,7 @@ class Mapper(JointLearner):
 
     def tell(self, words: Tensor, image: Tensor) -> Tensor:
         """Logits (sample, token, word) of what comes behind each token, for images mapped with the prompt."""
+        words = words.to(self.device)
         return self.decoder(words, image, (words != PAD).long())
 
     @property
@@ -546,20 +569,32 @@ def clip_config(sizes: Sizes = WORLD) -> transformers.CLIPConfig:
 
 
 def mapper_config() -> mapper.MapperConfig:
-    clip = clip_config()
     prompt = (VOCABULARY.index(word) for word in ("what", "is", "there", "?"))
-    return mapper.MapperConfig(
-        text_config=clip.text_config.to_dict(),
-        vision_config=clip.vision_config.to_dict(),
-        hidden_size=_WIDTH,
-        num_attention_heads=_HEADS,
-        intermediate_size=2 * _WIDTH,
-        initializer_range=_INIT,
+    return _config_behind(
+        clip_config(),
         prompt_ids=[CLS, *prompt, SEP],
-        pad_token_id=PAD,
-        bos_token_id=CLS,
-        eos_token_id=SEP,
         id2label=_ANSWER_NAMES,
         label2id=_ANSWER_IDS,
         architectures=["MapperForQuestionAnswering"],
+    )
+
+
+def caption_config(clip: transformers.CLIPConfig) -> mapper.MapperConfig:
+    """The sizes of a mapper that writes captions behind a CLIP; its prompt is a text without words."""
+    return _config_behind(clip, prompt_ids=[CLS, SEP], architectures=["MapperForConditionalGeneration"])
+
+
+def _config_behind(clip: transformers.CLIPConfig, **own: Any) -> mapper.MapperConfig:
+    width = clip.vision_config.hidden_size
+    return mapper.MapperConfig(
+        text_config=clip.text_config.to_dict(),
+        vision_config=clip.vision_config.to_dict(),
+        hidden_size=width,
+        num_attention_heads=clip.vision_config.num_attention_heads,
+        intermediate_size=2 * width,
+        initializer_range=_INIT,
+        pad_token_id=PAD,
+        bos_token_id=CLS,
+        eos_token_id=SEP,
+        **own,
     )

@@ -297,8 +297,19 @@ def contrastive_losses(
     return losses
 
 
-def mapper_losses(learner: Mapper, corpus: Corpus, rng: Generator, hard_share: float = HARD_SHARE) -> dict[str, Tensor]:
-    """Answers to questions, captions of other scenes word by word behind the true words, and patch classes."""
+def mapper_losses(
+    learner: Mapper,
+    corpus: Learnable,
+    rng: Generator,
+    hard_share: float = HARD_SHARE,
+    batch: int = _ASKED + _DESCRIBED,
+) -> dict[str, Tensor]:
+    """Answers to questions, captions of other scenes word by word behind the true words, and patch classes.
+
+    Of samples captions alone; of generated scenes it always takes as many.
+    """
+    if not isinstance(corpus, Corpus):
+        return _caption_losses(learner, corpus, rng, batch)
     scenes = draw_scenes(corpus, _ASKED + _DESCRIBED, rng, hard_share)
     asked, described = np.split(scenes, [_ASKED])
     kinds = question_kinds(corpus, asked, rng)
@@ -315,6 +326,17 @@ def mapper_losses(learner: Mapper, corpus: Corpus, rng: Generator, hard_share: f
         "captions": nn.functional.cross_entropy(said.flatten(0, 1), captions[:, 1:].flatten(), ignore_index=PAD),
         "units": UNIT_WEIGHT * unit_loss(learner.classify(hidden).flatten(0, 1), classes.flatten()),
     }
+
+
+def _caption_losses(learner: Mapper, corpus: Learnable, rng: Generator, batch: int) -> dict[str, Tensor]:
+    """The mean over all words of the batch's texts behind the true ones, or this process' share of it."""
+    pairs = draw_scenes(corpus, batch, rng, 0)
+    own = learner.share.part(pairs)
+    captions = trimmed(corpus.words[own])
+    said = learner.tell(captions[:, :-1], learner.look(corpus, own)).float()
+    truth = captions[:, 1:].to(said.device)
+    total = nn.functional.cross_entropy(said.flatten(0, 1), truth.flatten(), ignore_index=PAD, reduction="sum")
+    return {"captions": learner.share.mean(total, int((corpus.words[pairs][:, 1:] != PAD).sum()))}
 
 
 def units_of(learner: JointLearner, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:

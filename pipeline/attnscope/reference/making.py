@@ -15,6 +15,7 @@ from attnscope.reference.alignments import check_alignment
 from attnscope.reference.cards import card_page
 from attnscope.reference.checking import ReferenceError, batch_of, check_values
 from attnscope.reference.corpus import VOCABULARY, Corpus, build_corpus
+from attnscope.reference.encoders import check_vocabulary, encoder_sizes
 from attnscope.reference.examining import (
     Figure,
     Items,
@@ -68,7 +69,7 @@ _CHECKPOINTS = "training"
 def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
     """The recipe of a model, with some of its fields changed; goals of generated scenes are none for samples.
 
-    What a folder of prepared samples has decided, such as the side of images, need not be said again.
+    What a folder of prepared samples or of encoders has decided, such as the side of images, need not be said again.
 
     Raises
     ------
@@ -100,14 +101,17 @@ def recipe_of(name: str, changes: Mapping[str, object] | None = None) -> Recipe:
 
 
 def _decided(name: str, changes: Mapping[str, object]) -> dict[str, object]:
-    """The fields of a recipe that a folder of prepared samples, if it names one, has decided."""
-    source = changes.get("samples")
+    """The fields of a recipe that folders of prepared samples and of encoders, if it names such, have decided."""
+    source, encoders = changes.get("samples"), changes.get("encoders")
+    sizes: dict[str, object] = {}
+    if source and isinstance(encoders, str) and encoders and LESSONS[name].encoders:
+        sizes |= encoder_sizes(encoders)
     if not isinstance(source, str) or not (Path(source) / RECORD).is_file():
-        return {}
+        return sizes
     found = dataclasses.asdict(open_prepared(Path(source)).shape)
     side, _ = found.pop("side"), found.pop("regions")
     found["validation_scenes"] = found.pop("held_out")
-    return found | ({"side": side} if LESSONS[name].sees == "images" else {})
+    return sizes | found | ({"side": side} if LESSONS[name].sees == "images" else {})
 
 
 def train(recipe: Recipe, seed: int, out: str, listener: Listener | None = None) -> Receipt:
@@ -166,6 +170,8 @@ def _prepare(recipe: Recipe, folder: Path, listener: Listener | None) -> list[st
     usable, batch = len(prepared.split("train")), batch_of(recipe)
     if usable < batch:
         raise SampleError(f"samples {recipe.samples!r} leave {usable} to learn from, fewer than a batch of {batch}")
+    if recipe.encoders:
+        check_vocabulary(recipe, prepared)
     untold = sorted(untold_losses(recipe))
     needed = ", ".join(f"{name} (it needs {WORLD_LOSSES[name]})" for name in untold)
     told = [f"without the loss of {needed}, which samples don't tell"] if untold else []

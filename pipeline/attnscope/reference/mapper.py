@@ -10,6 +10,7 @@ the mapped image; and that a fixed question stands on the text's side of the map
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -251,6 +252,16 @@ class MapperForConditionalGeneration(MapperPreTrainedModel, GenerationMixin):
     ) -> CaptionsOutput:
         image = self.model(prompts(len(input_ids), self.config).to(input_ids), pixel_values).image_hidden_state
         return CaptionsOutput(self.decoder(input_ids, image, attention_mask))
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """As transformers writes; of `max_new_tokens`, those that the decoder has positions for."""
+        given = kwargs.get("input_ids") if inputs is None else inputs
+        if given is not None and "max_new_tokens" in kwargs:
+            room = self.decoder.positions.num_embeddings - given.shape[1]
+            if room < 1:
+                return given
+            kwargs["max_new_tokens"] = min(kwargs["max_new_tokens"], room)
+        return super().generate(inputs, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: object) -> dict[str, object]:
         """Everything is run again for each word: there is no cache."""

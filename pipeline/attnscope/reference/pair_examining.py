@@ -1,12 +1,12 @@
-"""How well a learner does on pairs of a user's own that it never saw: retrieval, matching, and masked words."""
+"""How well a learner does on a user's own pairs that it never saw: retrieval, matching, masked words, captions."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from attnscope.reference.examining import Items, recalls
-from attnscope.reference.learners import Lxmert, Retriever, Text, Vilt
+from attnscope.reference.examining import Items, recalls, told_words, write_captions
+from attnscope.reference.learners import Lxmert, Mapper, Retriever, Text, Vilt
 from attnscope.reference.lessons import mask_words_at_random, trimmed
 from attnscope.reference.pairs import Pairs
 
@@ -71,6 +71,29 @@ def examine_pair_words(learner: Text | Vilt | Lxmert, pairs: Pairs) -> dict[str,
         rows.append(at[row])
     where = np.concatenate(rows)
     return {"words": Items(np.concatenate(found), where), "words_bits": Items(np.concatenate(bits), where)}
+
+
+@torch.no_grad()
+def examine_pair_captions(learner: Mapper, pairs: Pairs) -> dict[str, Items]:
+    """Of each word behind the true ones, whether it is told, and its surprise; and whose text is written to the word.
+
+    Texts are written by the likeliest word behind the others.
+    """
+    found, bits, rows, exact = [], [], [], []
+    for at in _batches(len(pairs)):
+        words = pairs.words[at]
+        image = learner.look(pairs, at)
+        told = told_words(learner, trimmed(words), image)
+        found.append(told.found)
+        bits.append(told.bits)
+        rows.append(at[told.rows])
+        exact.append((write_captions(learner, image, words.shape[1]) == words).all(1))
+    where = np.concatenate(rows)
+    return {
+        "captions_tokens": Items(np.concatenate(found), where),
+        "captions_bits": Items(np.concatenate(bits), where),
+        "captions_exact": Items(np.concatenate(exact).astype(np.float64), np.arange(len(pairs))),
+    }
 
 
 def _batches(count: int) -> Iterator[np.ndarray]:

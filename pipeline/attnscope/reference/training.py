@@ -38,12 +38,18 @@ from attnscope.reference.lessons import (
     word_losses,
 )
 from attnscope.reference.painter import Painter, examine_pixels, paint_losses
-from attnscope.reference.pair_examining import examine_joint_pairs, examine_pair_retrieval, examine_pair_words
+from attnscope.reference.pair_examining import (
+    examine_joint_pairs,
+    examine_pair_captions,
+    examine_pair_retrieval,
+    examine_pair_words,
+)
 from attnscope.reference.pairs import RECORD, Learnable, Prepared, Shape, open_prepared, prepare
 from attnscope.reference.scan import Scan, examine_scan, scan_losses
 from attnscope.reference.scenes import WORLD_VERSION, Generator
 from attnscope.reference.sharing import ALONE, Share
 from attnscope.reference.simla import Simla
+from attnscope.reference.weights import weights_digest
 
 
 class ReferenceError(ValueError):
@@ -63,7 +69,8 @@ class Recipe:
     folder of prepared pairs; `validation_scenes` of them each are held out for goals and for the card. `tokenizer` and
     `vocabulary` say what is made of their texts (see `Shape`). From `side` on: sizes (see `Sizes`). `batch` is how many
     scenes or pairs a step takes, 0 for the lesson's own number. `dtype` is what most of a step is computed in; weights
-    stay float32. `processes` share each batch, on `device` (cpu or cuda).
+    stay float32. `processes` share each batch, on `device` (cpu or cuda). `encoders` is the folder of a clip that
+    learned from the same samples: a mapper stands behind its encoders, which decide on sizes.
     """
 
     model: str
@@ -95,6 +102,7 @@ class Recipe:
     dtype: str = field(default="float32", repr=False)
     device: str = field(default="cpu", repr=False)
     processes: int = field(default=1, repr=False)
+    encoders: str = field(default="", repr=False)
 
     def __repr__(self) -> str:
         own = RECIPES[self.model]
@@ -187,8 +195,10 @@ class Training:
         self._tell = listener or (lambda progress: None)
         self._share = share
         self.prepared = open_prepared(data_folder(recipe, folder)) if recipe.samples else None
+        encoders = Path(recipe.encoders) if recipe.encoders else None
+        self._encoders = {} if encoders is None else {"encoders": weights_digest(encoders)}
         torch.manual_seed(seed)
-        self.learner = build_learner(recipe.model, recipe.alignment, recipe.sizes(self.prepared))
+        self.learner = build_learner(recipe.model, recipe.alignment, recipe.sizes(self.prepared), encoders)
         self.learner.without = frozenset(recipe.without) | untold_losses(recipe)
         self.learner.share = share
         self.learner.to(device_of(recipe, share.number))
@@ -344,7 +354,7 @@ class Training:
     def _key(self) -> dict[str, JsonValue]:
         """What a checkpoint must be of for this training to go on from it."""
         data = {} if self.prepared is None else {"data": self.prepared.digest}
-        return {"recipe": self.recipe.key, "seed": self.seed, **data}
+        return {"recipe": self.recipe.key, "seed": self.seed, **data, **self._encoders}
 
     def _kept(self) -> Iterator[tuple[str, Tensor]]:
         """What the learner keeps beside its parameters."""
@@ -450,7 +460,9 @@ class _Lessons:
     With `examine_pairs`, which gives such figures of pairs, it learns from samples as well, at any size, in several
     processes and on any device: its losses then take a `batch`, ask nothing but what `Learnable` has, and heed the
     learner's `share` and `device`. `sees` is what it needs of samples beside texts. With `alone_on_scenes` it learns
-    from generated scenes all the same at its own batch, in float32 and in one process on the processor.
+    from generated scenes all the same at its own batch, in float32 and in one process on the processor. With `encoders`
+    it stands behind those of a clip, which decide on its sizes: the carried one, or one that learned from the same
+    samples.
     """
 
     names: tuple[str, ...]
@@ -459,6 +471,7 @@ class _Lessons:
     examine_pairs: Callable[..., dict[str, Items]] | None = None
     sees: Literal["images", "regions", ""] = "images"
     alone_on_scenes: bool = False
+    encoders: bool = False
 
 
 _JOINT = _Lessons(
@@ -474,7 +487,14 @@ LESSONS = {
     "clip": _Lessons(("images", "texts", "units"), contrastive_losses, _retrieval_figures, examine_pair_retrieval),
     "text": _Lessons(("words",), word_losses, _word_figures, examine_pair_words, sees=""),
     "simla": _Lessons(simla_lessons.LOSSES, simla_lessons.simla_losses, _simla_figures, examine_pair_retrieval),
-    "mapper": _Lessons(("answers", "captions", "units"), mapper_losses, _mapper_figures),
+    "mapper": _Lessons(
+        ("answers", "captions", "units"),
+        mapper_losses,
+        _mapper_figures,
+        examine_pair_captions,
+        alone_on_scenes=True,
+        encoders=True,
+    ),
     "scan": _Lessons(("match", "units"), scan_losses, _scan_figures),
     "answering": _Lessons(("answers", "units"), answer_losses, _answer_figures),
     "painter": _Lessons(("pixels",), paint_losses, _paint_figures),

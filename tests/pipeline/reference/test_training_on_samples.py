@@ -19,20 +19,23 @@ from PIL import Image
 from safetensors.numpy import load_file
 from torch import nn
 
+from attnscope import ExtractSpec
 from attnscope.cli import main
 from attnscope.extraction import extract
 from attnscope.families.lxmert import encode_regions
 from attnscope.loading import load_model
 from attnscope.reference import making, spreading
-from attnscope.reference.learners import Clip, Lxmert, Seen, Sizes, Vilt, lxmert_config
-from attnscope.reference.lessons import draw_scenes, joint_losses, mask_words_at_random
+from attnscope.reference.examining import write_captions
+from attnscope.reference.learners import Clip, Lxmert, Mapper, Seen, Sizes, Vilt, lxmert_config
+from attnscope.reference.lessons import draw_scenes, joint_losses, mapper_losses, mask_words_at_random
 from attnscope.reference.making import ReferenceError, recipe_of
+from attnscope.reference.mapper import MapperForConditionalGeneration
 from attnscope.reference.pairs import open_prepared
 from attnscope.reference.spreading import ProcessDied
 from attnscope.reference.training import RECIPES, Recipe, Training, TrainingProgress
 from attnscope.reference.weights import read_learner, weights_digest
 from attnscope.run import EXTRACTED, LEFT_OUT
-from attnscope.samples import Region, SampleError, read_samples
+from attnscope.samples import Region, Sample, SampleError, read_samples
 
 SIZES = {"side": 16, "patch": 8, "width": 16, "heads": 2, "layers": 1, "text_layers": 1, "length": 12}
 SHORT = SIZES | {"batch": 8, "steps": 4, "decay": 4, "examine_every": 3, "validation_scenes": 2}
@@ -51,6 +54,20 @@ def name_boxes(photographs: Path) -> None:
         record["regions"] = [{"box": box} for box in boxes]
         record["regions"] += [{"phrase": "photograph"}]
     metadata.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture
+def clip(photographs: Path, tmp_path: Path) -> Path:
+    """A small clip that learned a little of the photographs."""
+    making.train(recipe("clip", photographs, peak_rate=5e-3, steps=40), 0, str(tmp_path / "clip"))
+    return tmp_path / "clip"
+
+
+def encoders_of(folder: Path) -> dict[str, np.ndarray]:
+    """The weights of both encoders in the folder of a clip or of a mapper."""
+    stored = load_file(folder / "model.safetensors")
+    plain = {name.removeprefix("model."): value for name, value in stored.items()}
+    return {name: value for name, value in plain.items() if name.startswith(("text_model.", "vision_model."))}
 
 
 @pytest.mark.parametrize("model", ["clip", "text", "simla", "vilt", "lxmert"])
@@ -229,6 +246,112 @@ def test_regions_are_crossed_in_half_of_the_layers() -> None:
     assert found == {1: (3, 1, 1), 4: (3, 1, 2), 9: (3, 3, 5)}
 
 
+def test_a_mapper_writes_captions_behind_a_clip_of_the_same_samples(photographs: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "mapper"
+    making.prepare(str(photographs), str(data), recipe("clip", photographs).shape)
+    # What is prepared has decided on these, and for the mapper its encoders on the rest.
+    short = {name: SHORT[name] for name in ("batch", "steps", "decay", "examine_every")} | {"samples": str(data)}
+    sizes = {name: SIZES[name] for name in SIZES if name not in ("side", "length")}
+    making.train(recipe_of("clip", short | sizes), 0, str(tmp_path / "clip"))
+    chosen = recipe_of("mapper", short | {"encoders": str(tmp_path / "clip")})
+    assert {name: getattr(chosen, name) for name in SIZES} == SIZES
+    notes = making.train(chosen, 0, str(out))["notes"]
+    assert "without the loss of answers (it needs questions with answers), units" in notes[-1]  # type: ignore[index]
+    making.examine(chosen, 0, str(out))
+    card = json.loads((out / "card.json").read_text())
+    assert card["figures"]["test"].keys() == {"captions_tokens", "captions_bits", "captions_exact"}
+    assert f"those of the encoders in {tmp_path / 'clip'}" in (out / "README.md").read_text()
+
+    read, report = MapperForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert card["parameters"] == sum(parameter.numel() for parameter in read.parameters())
+    learner, pairs = read_learner("mapper", out), open_prepared(data).split("test")
+    assert isinstance(learner, Mapper)
+    image, words = learner.look(pairs, np.arange(2)), torch.from_numpy(pairs.words[:].astype(np.int64))
+    pixels = learner.see(pairs, np.arange(2)).pixels
+    torch.testing.assert_close(read(words, pixels, (words > 0).long()).logits, learner.tell(words, image))
+
+    # A caption ends by itself, has as many tokens as were asked for, or fills the 12 positions that there are.
+    images = [Sample(str(row), Image.fromarray(pairs.pixels[row : row + 1][0])) for row in range(2)]
+    vocabulary = open_prepared(data).vocabulary
+    for most, length in ((8, 9), (20, 12)):
+        run = extract(str(out), images, spec=ExtractSpec(quantities=frozenset({"attention", "score"}), generate=most))
+        tokens = run.tokens("text").load()
+        for sample, ids in enumerate(write_captions(learner, image, length)):
+            said = [str(token) for token in tokens["token_text"].values[sample] if str(token) not in ("", "[PAD]")]
+            assert said == [vocabulary[number] for number in ids if number > 0]
+    full = torch.full((1, 12), 9)
+    assert torch.equal(read.generate(input_ids=full, pixel_values=pixels[:1], max_new_tokens=3), full)
+
+
+def test_captions_are_learned_from_images_and_the_encoders_stay(photographs: Path, clip: Path, tmp_path: Path) -> None:
+    changes = {"batch": 20, "steps": 160, "decay": 60, "warm_up": 20, "examine_every": 20, "peak_rate": 5e-3}
+    chosen = recipe("mapper", photographs, encoders=str(clip), **changes)
+    told: list[TrainingProgress] = []
+    making.train(chosen, 0, str(tmp_path / "out"), told.append)
+    losses = [p.losses["captions"] for p in told if p.stage == "training"]
+    # A batch has all twenty texts, of eight words each: who sees no image can't be below log(20) / 8. Who sees the
+    # colour and no more has log(20 / 3) / 8, which is 0.24.
+    assert losses[0] > 1.5 and losses[-1] < 0.3 < np.log(20) / 8
+    before, after = encoders_of(clip), encoders_of(tmp_path / "out")
+    assert before.keys() == after.keys() and len(before) > 20
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    kept = load_file(tmp_path / "out" / "training" / "checkpoint.safetensors")
+    moved = [name.removeprefix("exp_avg/") for name in kept if name.startswith("exp_avg/")]
+    assert any(name.startswith("model.mapper.") for name in moved)
+    assert not any(name.startswith(("model.text_model.", "model.vision_model.", "classifier.")) for name in moved)
+
+
+def test_a_mapper_is_asked_for_every_word_behind_the_true_ones(photographs: Path, clip: Path, tmp_path: Path) -> None:
+    """Against the losses of single pairs, added up."""
+    # Texts of different lengths.
+    lines = [json.loads(line) for line in (photographs / "metadata.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line["text"] = " ".join(line["text"].split()[: 2 + number % 4])
+    (photographs / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chosen = recipe("mapper", photographs, encoders=str(clip))
+    pairs = making.prepare_samples(chosen, tmp_path / "other" / "training").split("train")
+    torch.manual_seed(0)
+    learner = Mapper.behind(clip)
+    for name, parameter in learner.named_parameters():
+        if parameter.requires_grad and "norm" not in name:
+            nn.init.normal_(parameter, 0, 0.3)
+    found = mapper_losses(learner, pairs, np.random.Generator(np.random.PCG64(7)), batch=20)
+    assert found.keys() == {"captions"}
+    surprise = []
+    for number in range(20):
+        text = torch.tensor([[word for word in pairs.words[number].tolist() if word]])
+        image = learner.look(pairs, np.array([number]))
+        for end in range(1, text.shape[1]):
+            surprise.append(-learner.tell(text[:, :end], image)[0, -1].log_softmax(-1)[text[0, end]])
+    assert len(surprise) < 20 * 8
+    torch.testing.assert_close(found["captions"], torch.stack(surprise).mean(), rtol=1e-5, atol=1e-5)
+    # Another image, other words.
+    assert (learner.look(pairs, np.array([0])) - learner.look(pairs, np.array([1]))).abs().max() > 1e-2
+
+
+def test_a_mapper_learns_behind_a_clip_of_its_own_samples_alone(photographs: Path, clip: Path, tmp_path: Path) -> None:
+    chosen = recipe("mapper", photographs, encoders=str(clip))
+    with pytest.raises(ReferenceError, match=r"'width' of the encoders in .*clip' is 16, not 32; mapper takes theirs"):
+        recipe("mapper", photographs, encoders=str(clip), width=32)
+    with pytest.raises(ReferenceError, match=r"'side' of the encoders in .*clip' is 16, not 24"):
+        recipe("mapper", photographs, encoders=str(clip), side=24)
+    with pytest.raises(ReferenceError, match=r"'encoders' .*photographs' is no folder of a trained clip"):
+        recipe("mapper", photographs, encoders=str(photographs))
+    making.train(recipe("text", photographs), 0, str(tmp_path / "text"))
+    with pytest.raises(ReferenceError, match=r"'encoders' .*text' is no folder of a trained clip"):
+        recipe("mapper", photographs, encoders=str(tmp_path / "text"))
+    # Other held-out pairs are another vocabulary: their numbers are unknown.
+    with pytest.raises(ReferenceError, match=r"learned another vocabulary than that of samples '.*photographs'"):
+        making.train(recipe("mapper", photographs, encoders=str(clip), validation_scenes=1), 0, str(tmp_path / "b"))
+    making.train(chosen, 0, str(tmp_path / "out"))
+    assert making.train(chosen, 0, str(tmp_path / "out"))["resumed"] is True
+    making.train(recipe("clip", photographs), 1, str(tmp_path / "again"))
+    (tmp_path / "again" / "model.safetensors").replace(clip / "model.safetensors")
+    with pytest.raises(ReferenceError, match="holds a training of another recipe, seed or data"):
+        making.train(chosen, 0, str(tmp_path / "out"))
+
+
 def test_losses_that_samples_do_not_tell_are_left_out_and_named(photographs: Path, tmp_path: Path) -> None:
     (photographs / "p3.png").write_bytes(b"no image")
     notes = making.train(recipe("clip", photographs), 0, str(tmp_path / "out"))["notes"]
@@ -276,10 +399,14 @@ def test_prepared_samples_serve_many_trainings(photographs: Path, tmp_path: Path
     making.train(recipe("text", tmp_path / "data"), 0, str(tmp_path / "d"))
 
 
-def test_most_of_a_bfloat16_step_is_in_bfloat16_and_weights_are_not(photographs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["clip", "mapper"])
+def test_most_of_a_bfloat16_step_is_in_bfloat16_and_weights_are_not(
+    model: str, photographs: Path, clip: Path, tmp_path: Path
+) -> None:
     gradients = {}
+    encoders = str(clip) if model == "mapper" else ""
     for dtype in ("float32", "bfloat16"):
-        chosen = recipe("clip", photographs, dtype=dtype, steps=0, decay=1)
+        chosen = recipe(model, photographs, dtype=dtype, steps=0, decay=1, encoders=encoders)
         kinds: set[torch.dtype] = set()
 
         def note(module: nn.Module, inputs: object, output: torch.Tensor, kinds: set[torch.dtype] = kinds) -> None:
@@ -331,7 +458,7 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_gradients_of_one(photographs: Path, tmp_path: Path) -> None:
+def test_two_processes_have_the_gradients_of_one(photographs: Path, clip: Path, tmp_path: Path) -> None:
     one_step = {"steps": 0, "decay": 1, "validation_scenes": 8, "batch": 16}
     world = one_step | {"scenes": 40}
     own = one_step | SIZES | {"samples": str(photographs), "validation_scenes": 2}
@@ -345,6 +472,7 @@ def test_two_processes_have_the_gradients_of_one(photographs: Path, tmp_path: Pa
         "simla-own": shared,
         "vilt-own": own,
         "lxmert-own": own,
+        "mapper-own": own | {"encoders": str(clip)},
     }
     for name, changes in cases.items():
         model = name.partition("-")[0]
@@ -420,10 +548,17 @@ def test_a_training_goes_on_over_another_number_of_processes(photographs: Path, 
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [
-        ("mapper", {"samples": "x"}, "mapper learns from generated scenes alone.*vilt, lxmert, clip.* take 'samples'"),
+        ("scan", {"samples": "x"}, "scan learns from generated scenes alone.*vilt, lxmert, clip.* take 'samples'"),
         ("lxmert", {"dtype": "bfloat16"}, "lxmert learns from generated scenes at its own batch.*for another 'dtype'"),
         ("vilt", {"processes": 2}, "vilt learns from generated scenes at its own batch.*for another 'processes'"),
         ("vilt", {"batch": 64}, "vilt learns from generated scenes at its own batch.*for another 'batch'"),
+        ("mapper", {"batch": 64}, "mapper learns from generated scenes at its own batch.*for another 'batch'"),
+        ("mapper", {"width": 32}, "mapper has the 'width' of its encoders; name samples for other ones"),
+        ("mapper", {"samples": "x"}, "mapper learns from samples behind a clip .*; name its folder as 'encoders'"),
+        ("mapper", {"encoders": "x"}, "mapper learns from generated scenes behind reference:clip; name samples"),
+        ("mapper", {"samples": "x", "encoders": "y"}, "'encoders' 'y' is no folder of a trained clip"),
+        ("mapper", {"samples": "x", "encoders": 5}, "the recipe's 'encoders' is 5, not a str"),
+        ("clip", {"samples": "x", "encoders": "y"}, "clip has encoders of its own; mapper takes 'encoders'"),
         ("clip", {"side": 64}, "'side' of generated scenes is 48; name samples for another value"),
         ("clip", {"samples": "x", "side": 50, "patch": 16}, "a side of 50 pixels isn't made of patches of 16"),
         ("clip", {"width": 66}, "a width of 66 can't be shared by 4 heads"),
