@@ -56,10 +56,17 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("page", ["training.md", "reference-world.md"])
-def test_commands_that_train_are_commands_with_recipes_that_can_be_followed(page: str) -> None:
+def test_commands_that_train_are_commands_with_recipes_that_can_be_followed(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from attnscope.cli import main, reference
+    from attnscope.reference.learners import Clip, Sizes
     from attnscope.reference.making import recipe_of
+    from attnscope.reference.weights import write_model
 
+    # The clip that a page's mapper stands behind.
+    write_model("clip", Clip.of(Sizes(length=32, side=112, patch=16)), tmp_path / "seen")
+    monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^\$ attnscope (reference (?:train|table) .*?)(?:  +#.*)?$", (DOCS / page).read_text(), re.M)
     assert lines
     for line in lines:
