@@ -24,6 +24,8 @@ from attnscope.writing import encoded_attention
 _ROW_SUM_TOLERANCE = 2e-3
 _FACTORED_FROM = 512
 _RAGGED_BELOW = 0.5
+# Query rows of which it is told how small the attention of the first sample gets.
+_COMPRESSED_ROWS = 512
 # How much larger than by zstd attention may be by lz4, which is then the better one for its speed.
 _AS_SMALL = 1.02
 # Largest difference between attention times value and what the kernel returned, in units of the largest value.
@@ -177,7 +179,9 @@ def probe(loaded: LoadedModel, inputs: Inputs) -> tuple[list[ProbedCall], object
 def _probed(call: AttentionCall, loaded: LoadedModel, inputs: Inputs) -> ProbedCall:
     batch, heads, queries, keys = call.shape
     fold = fold_of(call, loaded, inputs)
-    encoded = encoded_attention(call, "float16")
+    # Of many rows a part, evenly spread, tells how small all of them get.
+    rows = torch.linspace(0, queries - 1, min(queries, _COMPRESSED_ROWS)).round().long().unique()
+    encoded = encoded_attention(call, "float16", rows)
     return ProbedCall(
         module=call.module,
         number=call.number,
@@ -190,8 +194,8 @@ def _probed(call: AttentionCall, loaded: LoadedModel, inputs: Inputs) -> ProbedC
         keys=keys * batch if fold is None else int(fold.keys.max()) + 1,
         channels=0 if call.query is None else call.query.shape[-1],
         value_channels=0 if call.value is None else call.value.shape[-1],
-        compressed_bytes=_compressed(encoded, "zstd"),
-        lz4_bytes=_compressed(encoded, "lz4"),
+        compressed_bytes=_compressed(encoded, "zstd", queries),
+        lz4_bytes=_compressed(encoded, "lz4", queries),
         folded=batch != 1 or fold is not None,
         has_fold=fold is not None,
         dtype="float32" if call.query is None else DTYPES.get(call.query.dtype, "float32"),
@@ -235,12 +239,15 @@ def _merged(calls: Sequence[ProbedCall]) -> list[ProbedCall]:
     return merged
 
 
-def _compressed(values: np.ndarray, compressor: str) -> int:
-    """Bytes of attention (batch, head, ...) as it is stored: each head by itself, as a multiple of 8 numbers."""
+def _compressed(values: np.ndarray, compressor: str, rows: int) -> int:
+    """Bytes of so many rows of attention as they are stored, from some of them (batch, head, row, ...).
+
+    Each head by itself, as a multiple of 8 numbers.
+    """
     encode = Zstd(level=1).encode if compressor == "zstd" else Blosc("lz4", 1, Blosc.BITSHUFFLE).encode
     heads = values.reshape(-1, math.prod(values.shape[2:]))
     filled = np.pad(heads, ((0, 0), (0, -heads.shape[1] % 8)), mode="edge")
-    return sum(len(encode(head)) for head in filled)
+    return sum(len(encode(head)) for head in filled) * rows // max(1, values.shape[2])
 
 
 def check_output(call: AttentionCall, rows: torch.Tensor | None = None) -> None:

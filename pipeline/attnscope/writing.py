@@ -30,9 +30,9 @@ Place: TypeAlias = int | tuple[int, int]
 """The position of a layer, or those of a layer and a written token."""
 
 
-def encoded_attention(call: AttentionCall, encoding: str) -> np.ndarray:
-    """The attention of a call as it is stored: (batch, head, query_token, key_token), cast on the device."""
-    return on_host(torch.cat([encoded(call.attention(heads=h), encoding) for h in head_tiles(call)], dim=1))
+def encoded_attention(call: AttentionCall, encoding: str, rows: torch.Tensor) -> np.ndarray:
+    """Rows of the attention of a call as they are stored: (batch, head, row, key_token), cast on the device."""
+    return on_host(torch.cat([encoded(call.attention(rows, heads=h), encoding) for h in head_tiles(call)], dim=1))
 
 
 def gathered(whole: torch.Tensor | None, tile: torch.Tensor, heads: slice, count: int) -> torch.Tensor:

@@ -646,3 +646,25 @@ def test_the_module_can_be_called_as_the_function() -> None:
     context: AbstractContextManager[Any] = module_under_test(nn.Linear(2, 2))
     with context as rec:
         assert len(rec) == 0
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys", "offset"), [(7, 7, 0), (4, 9, 5), (9, 4, -5), (6, 6, 2), (5, 3, 8)])
+def test_rows_that_the_positions_leave_a_key_are_those_with_a_finite_score(
+    queries: int, keys: int, offset: int, causal: bool, window: int | None
+) -> None:
+    query, key = torch.randn(1, 2, queries, 4), torch.randn(1, 2, keys, 4)
+    call = AttentionCall(
+        "m", 0, 0, "flash", "interface", query, key, None, None, causal=causal, window=window, causal_offset=offset
+    )
+    for rows in (slice(None), slice(1, 4), torch.tensor([3, 0])):
+        scores = call.scores(rows)
+        for row, i in enumerate(torch.arange(queries)[rows].tolist()):
+            position = i + offset
+            near = [j for j in range(keys) if window is None or abs(position - j) < window]
+            expected = [j for j in near if j <= position or not causal]
+            assert torch.isfinite(scores[0, 0, row]).nonzero().flatten().tolist() == expected
+    finite = torch.isfinite(call.scores()).any(-1)
+    assert torch.equal(call.row_valid().expand(1, 2, queries), finite)
+    assert torch.equal(call.attention().sum(-1) > 0, finite)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -25,6 +26,9 @@ ALL = slice(None)
 # Additive masks hold finfo.min, -inf, -1e9 or -1e4, by family. exp(-9e3) is zero in every floating type, so that
 # reading such an entry as "masked" changes nothing but rows that are masked as a whole.
 MASKED_BELOW = -9e3
+
+# Elements of the causal rule that is kept for the next call of as many tokens.
+_RULE_KEPT = 2**24
 
 _QUIET: ContextVar[bool] = ContextVar("attnscope_quiet", default=False)
 
@@ -252,14 +256,14 @@ class AttentionCall:
             return None
         _, _, queries, keys = self.shape
         device = self._query_key()[0].device
-        position = torch.arange(queries, device=device)[rows][:, None] + self.causal_offset
-        distance = position - torch.arange(keys, device=device)[None, :]
-        allowed = torch.ones_like(distance, dtype=torch.bool)
-        if self.causal:
-            allowed &= distance >= 0
-        if self.window is not None:
-            allowed &= distance.abs() < self.window
-        return allowed
+        if rows is ALL and device.type == "cpu" and queries * keys <= _RULE_KEPT:
+            # Asked for again by the next heads, and by the next layer.
+            return _kept_rule(queries, keys, self.causal, self.causal_offset, self.window)
+        return _rule(self._positions(rows), keys, self.causal, self.window)
+
+    def _positions(self, rows: Index) -> Tensor:
+        """At which key positions queries stand (rows,)."""
+        return torch.arange(self.shape[2], device=self._query_key()[0].device)[rows] + self.causal_offset
 
     def _log_normaliser(self, scores: Tensor, rows: Index) -> Tensor:
         total = torch.logsumexp(scores, dim=-1, keepdim=True)
@@ -284,11 +288,38 @@ class AttentionCall:
 
     def _any_allowed(self, rows: Index) -> Tensor:
         """Which rows have a key that no rule masks: bool, broadcastable to (batch, head, rows)."""
+        if self.mask is None and self.bias is None and (self.causal or self.window is not None):
+            return _leaves_a_key(self._positions(rows), self.shape[3], self.causal, self.window)[None, None]
         allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self._query_key()[0].device)
         positions = self._position_rule(rows)
         for rule in (_allowed(self.bias, rows), _allowed(self.mask, rows), positions):
             allowed = allowed if rule is None else allowed & rule
         return allowed.any(dim=-1)
+
+
+def _rule(position: Tensor, keys: int, causal: bool, window: int | None) -> Tensor:
+    """Which keys the causal rule and the window leave to queries at these positions (row,): bool (row, key_token)."""
+    distance = position[:, None] - torch.arange(keys, device=position.device)[None, :]
+    allowed = torch.ones_like(distance, dtype=torch.bool)
+    if causal:
+        allowed &= distance >= 0
+    if window is not None:
+        allowed &= distance.abs() < window
+    return allowed
+
+
+@lru_cache(maxsize=1)
+def _kept_rule(queries: int, keys: int, causal: bool, offset: int, window: int | None) -> Tensor:
+    return _rule(torch.arange(queries) + offset, keys, causal, window)
+
+
+def _leaves_a_key(position: Tensor, keys: int, causal: bool, window: int | None) -> Tensor:
+    """Whether the two leave any key at all to queries at these positions (row,)."""
+    last = position if causal else torch.full_like(position, keys - 1)
+    first = torch.zeros_like(position)
+    if window is not None:
+        first, last = position - (window - 1), torch.minimum(last, position + (window - 1))
+    return first.clamp_min(0) <= last.clamp_max(keys - 1)
 
 
 def _four(shape: Sequence[int]) -> tuple[int, int, int, int]:
