@@ -180,7 +180,7 @@ def _probed(call: AttentionCall, loaded: LoadedModel, inputs: Inputs) -> ProbedC
     batch, heads, queries, keys = call.shape
     fold = fold_of(call, loaded, inputs)
     # Of many rows a part, evenly spread, tells how small all of them get.
-    rows = torch.linspace(0, queries - 1, min(queries, _COMPRESSED_ROWS)).round().long().unique()
+    rows = torch.linspace(0, queries - 1, min(queries, _COMPRESSED_ROWS), device="cpu").round().long().unique()
     encoded = encoded_attention(call, "float16", rows)
     return ProbedCall(
         module=call.module,

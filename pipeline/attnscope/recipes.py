@@ -65,7 +65,7 @@ def recipe_of(call: AttentionCall) -> Recipe | None:
 def proved_rows(call: AttentionCall) -> torch.Tensor:
     """Query rows, evenly spread, on which a call's recipe is proved against what the kernel returned."""
     rows = call.shape[2]
-    return torch.linspace(0, rows - 1, min(rows, _PROVED_ROWS)).long().unique()
+    return torch.linspace(0, rows - 1, min(rows, _PROVED_ROWS), device="cpu").long().unique()
 
 
 def _is_boolean(mask: torch.Tensor | None) -> bool:

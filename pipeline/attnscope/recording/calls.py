@@ -310,7 +310,7 @@ def _rule(position: Tensor, keys: int, causal: bool, window: int | None) -> Tens
 
 @lru_cache(maxsize=1)
 def _kept_rule(queries: int, keys: int, causal: bool, offset: int, window: int | None) -> Tensor:
-    return _rule(torch.arange(queries) + offset, keys, causal, window)
+    return _rule(torch.arange(queries, device="cpu") + offset, keys, causal, window)
 
 
 def _leaves_a_key(position: Tensor, keys: int, causal: bool, window: int | None) -> Tensor:
