@@ -71,6 +71,7 @@ REFERENCE = tuple(
         "simla_examining",
         "pair_examining",
         "training",
+        "encoders",
         "checking",
         "models",
         "judging",
