@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from attnscope.chunks import NO_CHUNK, Layout, Place, checksum, layout_of
+from attnscope.chunks import NO_CHUNK, Content, Layout, Place, checksum, layout_of
 from attnscope.stores import write
 
 
@@ -35,6 +35,7 @@ def write_shard(array: zarr.Array, first: Sequence[int], values: np.ndarray) -> 
     if values.size % math.prod(ahead) or not (length == last or (0 < length < last and length % chunk[-1] == 0)):
         return False
     chunks = _cut(values.reshape(*ahead, length), chunk, array.fill_value)
+    parts: Sequence[Content]
     if layout.is_sharded:
         parts = _sharded({place: layout.encode(part) for place, part in chunks}, layout)
     else:
@@ -54,7 +55,7 @@ class ShardInParts:
         self._array = array
         self._layout = layout
         self._first = first
-        self._chunks: dict[Place, list[bytes]] = {}
+        self._chunks: dict[Place, list[Content]] = {}
 
     @classmethod
     def begin(cls, array: zarr.Array, first: Place, samples: int, dtype: np.dtype) -> "ShardInParts | None":
@@ -84,8 +85,13 @@ class ShardInParts:
         """Encode what one sample has, by its position in the shard."""
         lead = (sample, *(0 for _ in self._first[1:]))
         chunk = self._layout.chunk[len(lead) :]
-        for place, part in _cut(values, chunk, self._array.fill_value):
-            self._chunks[*lead, *place] = self._layout.encode(part)
+        parts = {place: self._layout.encode(part) for place, part in _cut(values, chunk, self._array.fill_value)}
+        # One piece of memory, which the system has back at once; many small ones stay with the threads.
+        whole, start = memoryview(b"".join(piece for pieces in parts.values() for piece in pieces)), 0
+        for place, pieces in parts.items():
+            end = start + sum(map(len, pieces))
+            self._chunks[*lead, *place] = [whole[start:end]]
+            start = end
 
     def write(self) -> None:
         """Write the shard; all samples must have come."""
@@ -109,10 +115,10 @@ def _cut(values: np.ndarray, chunk: Place, fill: Any) -> Iterator[tuple[Place, n
         yield place, part
 
 
-def _sharded(chunks: Mapping[Place, Sequence[bytes]], layout: Layout) -> list[bytes]:
+def _sharded(chunks: Mapping[Place, Sequence[Content]], layout: Layout) -> list[Content]:
     """Encoded chunks one behind the other, then the offset and length of each, then the checksum of these."""
     index = np.full((*layout.grid, 2), NO_CHUNK, "<u8")
-    parts: list[bytes] = []
+    parts: list[Content] = []
     offset = 0
     for place in sorted(chunks):
         length = sum(map(len, chunks[place]))

@@ -24,7 +24,7 @@ from attnscope.whole_shards import ShardInParts
 _TILE_BYTES = {"cpu": 2**24, "cuda": 2**29}
 _QUEUE_LENGTH = 4
 # Of values that wait for their turn to be written: after each turn, the model's threads have to find together again.
-_GATHERED_BYTES = 2**26
+_GATHERED_BYTES = 2**24
 
 Place: TypeAlias = int | tuple[int, int]
 """The position of a layer, or those of a layer and a written token."""
@@ -84,7 +84,7 @@ class BlockWriter:
     sees its last job.
 
     Beside a model on a GPU, jobs run as they come. Where the model itself has all cores busy (`takes_turns`), some
-    64 MiB are gathered, and the model waits until all threads have done them: one thread beside it would make the
+    16 MiB are gathered, and the model waits until all threads have done them: one thread beside it would make the
     model's threads wait for each other at every step, and cost twice its own time (measured).
     """
 
@@ -114,7 +114,12 @@ class BlockWriter:
         if not self._takes_turns:
             self.start()
         elif len(self._gathered) >= self._threads and self._gathered_bytes >= _GATHERED_BYTES:
-            self.start()
+            self.take_turn()
+
+    def take_turn(self) -> None:
+        """Begin with what was gathered, and where the model waits for it, end with it: its memory is free then."""
+        self.start()
+        if self._takes_turns:
             self._wait()
 
     def start(self) -> None:
@@ -184,7 +189,7 @@ class BlockJobs:
         """Say that no job follows but the last one, which runs when all others have succeeded."""
         self._last = last
         self._writer.put(lambda: None, self._done)
-        self._writer.start()
+        self._writer.take_turn()
 
     def _done(self, succeeded: bool) -> None:
         with self._lock:

@@ -543,11 +543,11 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").re
 
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None:
     peaks = []
-    for batches in (32, 96):
+    for batches in (16, 64):
         command = [sys.executable, "-c", _PEAK, str(batches), str(tmp_path / f"{batches}.zarr")]
         peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    # 64 more batches of 8 would hold 540 MB of attention. What threads allocate and others free comes back late.
-    assert peaks[1] - peaks[0] < 100
+    # 48 more batches of 8 would hold 400 MB of attention.
+    assert peaks[1] - peaks[0] < 60
 
 
 def test_weights_that_a_checkpoint_lacks_are_the_same_each_time(tmp_path: Path, captioned_images: Path) -> None:

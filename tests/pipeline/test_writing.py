@@ -89,7 +89,7 @@ def test_putting_waits_while_the_queue_is_full(writer: BlockWriter) -> None:
 
 
 def test_jobs_run_side_by_side_while_the_model_waits() -> None:
-    """As many at once as there are threads, none before 64 MiB are there, and none goes on behind the model's back."""
+    """As many at once as there are threads, none before 16 MiB are there, and none goes on behind the model's back."""
     writer = BlockWriter(2, takes_turns=True)
     meet = threading.Barrier(2, timeout=10)
     block, done = writer.block(), []
@@ -99,10 +99,10 @@ def test_jobs_run_side_by_side_while_the_model_waits() -> None:
         done.append(threading.current_thread().name)
 
     for _ in range(3):
-        block.put(job, 16 * MIB)
+        block.put(job, 4 * MIB)
     time.sleep(0.05)
     assert not done
-    block.put(job, 16 * MIB)
+    block.put(job, 4 * MIB)
     assert len(done) == 4
     assert threading.current_thread().name not in done
     writer.close()
