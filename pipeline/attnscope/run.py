@@ -63,7 +63,7 @@ from attnscope.samples import Sample
 from attnscope.selection import Choice, select
 from attnscope.stores import StoreError, delete, keys, open_group, open_store, read
 from attnscope.tokens import KIND_CODES, KINDS, TokenLayout
-from attnscope.whole_shards import ShardInParts, write_shard
+from attnscope.whole_shards import write_shard
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -185,16 +185,6 @@ class Run:
         at = place if isinstance(place, tuple) else (place,)
         if not write_shard(array, (block.start, *at, *(0 for _ in values.shape[1:])), values):
             array[(slice(block.start, block.stop), *at)] = values
-
-    def layer_in_parts(
-        self, site: str, name: str, block: range, place: int | tuple[int, int], dtype: np.dtype
-    ) -> ShardInParts | None:
-        """The shard of one quantity of one layer for a block whose samples come in several batches.
-
-        None where it has to be given to `write_layer` as a whole.
-        """
-        at = place if isinstance(place, tuple) else (place,)
-        return ShardInParts.begin(self._array(f"{site}/{name}"), (block.start, *at), len(block), dtype)
 
     def write_ragged(self, site: str, block: range, layer: int, values: np.ndarray, begins: np.ndarray) -> None:
         """Write the attention of one layer of a whole block without padding: (head, element).

@@ -84,7 +84,7 @@ def read(store: Store, key: str) -> bytes | None:
     return None if found is None else found.to_bytes()
 
 
-def write(store: Store, key: str, *parts: bytes | memoryview) -> None:
+def write(store: Store, key: str, *parts: bytes) -> None:
     """Write an object as a whole, from parts that lie one behind the other."""
     if isinstance(store, LocalStore):
         _write_file(Path(store.root) / key, parts)
@@ -92,7 +92,7 @@ def write(store: Store, key: str, *parts: bytes | memoryview) -> None:
         sync(store.set(key, default_buffer_prototype().buffer.from_bytes(b"".join(parts))))
 
 
-def _write_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+def _write_file(path: Path, parts: Iterable[bytes]) -> None:
     """As zarr writes a file, but here and now: its hops between threads take as long as compression."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{uuid.uuid4().hex}.partial")

@@ -7,14 +7,13 @@ layer, so that no chunk has to be read, merged or looked up. The objects are tho
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
-from typing import Any
 
 import numpy as np
 import zarr
 
-from attnscope.chunks import NO_CHUNK, Content, Layout, Place, checksum, layout_of
+from attnscope.chunks import NO_CHUNK, Layout, checksum, layout_of
 from attnscope.stores import write
 
 
@@ -35,94 +34,35 @@ def write_shard(array: zarr.Array, first: Sequence[int], values: np.ndarray) -> 
     if values.size % math.prod(ahead) or not (length == last or (0 < length < last and length % chunk[-1] == 0)):
         return False
     chunks = _cut(values.reshape(*ahead, length), chunk, array.fill_value)
-    parts: Sequence[Content]
     if layout.is_sharded:
-        parts = _sharded({place: layout.encode(part) for place, part in chunks}, layout)
+        parts = _sharded(chunks, layout)
     else:
         ((_, only),) = chunks
         parts = layout.encode(only)
-    write(array.store, _key(array, layout, first), *parts)
+    key = array.metadata.encode_chunk_key(tuple(f // s for f, s in zip(first, shape, strict=True)))
+    write(array.store, f"{array.path}/{key}", *parts)
     return True
 
 
-class ShardInParts:
-    """One shard whose samples come in several batches: each is encoded when it comes, and all are written together.
-
-    Threads may encode different samples side by side.
-    """
-
-    def __init__(self, array: zarr.Array, layout: Layout, first: Place) -> None:
-        self._array = array
-        self._layout = layout
-        self._first = first
-        self._chunks: dict[Place, list[Content]] = {}
-
-    @classmethod
-    def begin(cls, array: zarr.Array, first: Place, samples: int, dtype: np.dtype) -> "ShardInParts | None":
-        """The shard that begins at the element `first`; `first` is as long as the dimensions a sample's values lack.
-
-        None where samples of this type aren't chunks of their own or don't fill the shard: it is to be written at once.
-        """
-        layout = layout_of(array)
-        if layout is None or not layout.is_sharded or dtype != array.dtype:
-            return None
-        ahead = len(first)
-        alone = all(size == 1 for size in (*layout.chunk[:ahead], *layout.shard[1:ahead]))
-        whole = first[0] % layout.shard[0] == 0 and samples == min(layout.shard[0], array.shape[0] - first[0])
-        return cls(array, layout, first) if alone and whole else None
-
-    @property
-    def shape_of_sample(self) -> Place:
-        """The shape of what one sample has."""
-        return self._array.shape[len(self._first) :]
-
-    @property
-    def bytes_of_sample(self) -> int:
-        """How large that is before it is encoded."""
-        return math.prod(self.shape_of_sample) * self._array.dtype.itemsize
-
-    def put(self, sample: int, values: np.ndarray) -> None:
-        """Encode what one sample has, by its position in the shard."""
-        lead = (sample, *(0 for _ in self._first[1:]))
-        chunk = self._layout.chunk[len(lead) :]
-        parts = {place: self._layout.encode(part) for place, part in _cut(values, chunk, self._array.fill_value)}
-        # One piece of memory, which the system has back at once; many small ones stay with the threads.
-        whole, start = memoryview(b"".join(piece for pieces in parts.values() for piece in pieces)), 0
-        for place, pieces in parts.items():
-            end = start + sum(map(len, pieces))
-            self._chunks[*lead, *place] = [whole[start:end]]
-            start = end
-
-    def write(self) -> None:
-        """Write the shard; all samples must have come."""
-        first = (*self._first, *(0 for _ in self._layout.chunk[len(self._first) :]))
-        write(self._array.store, _key(self._array, self._layout, first), *_sharded(self._chunks, self._layout))
-
-
-def _key(array: zarr.Array, layout: Layout, first: Sequence[int]) -> str:
-    place = tuple(f // s for f, s in zip(first, layout.shard, strict=True))
-    return f"{array.path}/{array.metadata.encode_chunk_key(place)}"
-
-
-def _cut(values: np.ndarray, chunk: Place, fill: Any) -> Iterator[tuple[Place, np.ndarray]]:
+def _cut(values: np.ndarray, chunk: Sequence[int], fill: object) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """Chunks by their place, those at the end filled up."""
     for place in product(*(range(-(-n // c)) for n, c in zip(values.shape, chunk, strict=True))):
         part = values[tuple(slice(p * c, (p + 1) * c) for p, c in zip(place, chunk, strict=True))]
         if part.shape != tuple(chunk):
-            whole = np.full(chunk, fill, part.dtype)
-            whole[tuple(slice(0, n) for n in part.shape)] = part
-            part = whole
+            missing = [(0, c - n) for c, n in zip(chunk, part.shape, strict=True)]
+            part = np.pad(part, missing, constant_values=fill)  # type: ignore[call-overload]
         yield place, part
 
 
-def _sharded(chunks: Mapping[Place, Sequence[Content]], layout: Layout) -> list[Content]:
-    """Encoded chunks one behind the other, then the offset and length of each, then the checksum of these."""
+def _sharded(chunks: Iterable[tuple[tuple[int, ...], np.ndarray]], layout: Layout) -> list[bytes]:
+    """Chunks one behind the other, then the offset and length of each, then the checksum of these."""
     index = np.full((*layout.grid, 2), NO_CHUNK, "<u8")
-    parts: list[Content] = []
+    parts = []
     offset = 0
-    for place in sorted(chunks):
-        length = sum(map(len, chunks[place]))
+    for place, values in chunks:
+        part = layout.encode(values)
+        length = sum(map(len, part))
         index[place] = offset, length
         offset += length
-        parts += chunks[place]
+        parts += part
     return [*parts, index.tobytes(), checksum(index.tobytes())]

@@ -17,14 +17,11 @@ from attnscope.recording import AttentionCall
 from attnscope.run import Run
 from attnscope.stores import full_disk_told
 from attnscope.tokens import TokenLayout
-from attnscope.whole_shards import ShardInParts
 
 # Of float32 attention that is computed at once. A GPU has the room, and is busy with a larger tile only; of a processor
 # it is what the C library hands out again without having the system clear it (measured: four times as fast as 64 MiB).
 _TILE_BYTES = {"cpu": 2**24, "cuda": 2**29}
 _QUEUE_LENGTH = 4
-# Of values that wait for their turn to be written: after each turn, the model's threads have to find together again.
-_GATHERED_BYTES = 2**24
 
 Place: TypeAlias = int | tuple[int, int]
 """The position of a layer, or those of a layer and a written token."""
@@ -83,19 +80,17 @@ class BlockWriter:
     already. A failure comes out of the next `put` or `flush`, a full disk as one sentence; a block that failed never
     sees its last job.
 
-    Beside a model on a GPU, jobs run as they come. Where the model itself has all cores busy (`takes_turns`), some
-    16 MiB are gathered, and the model waits until all threads have done them: one thread beside it would make the
-    model's threads wait for each other at every step, and cost twice its own time (measured).
+    Beside a model on a GPU, jobs run as they come. Where the model itself has all cores busy (`takes_turns`), a few
+    are gathered, and the model waits until all threads have done them: one thread beside it would make the model's
+    threads wait for each other at every step, and cost twice its own time (measured).
     """
 
     def __init__(self, threads: int = 1, takes_turns: bool = False) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="attnscope-writer")
-        self._threads = threads
         self._free = threading.Semaphore(_QUEUE_LENGTH + threads)
         self._idle = threading.Condition()
         self._takes_turns = takes_turns
         self._gathered: list[Callable[[], None]] = []
-        self._gathered_bytes = 0
         self._waiting = 0
         self._failure: BaseException | None = None
 
@@ -103,23 +98,14 @@ class BlockWriter:
         """A queue for the jobs of one block, each of which is left out unless it is still `wanted`."""
         return BlockJobs(self, wanted)
 
-    def put(self, job: Callable[[], None], after: Callable[[bool], None], size: int = 0) -> None:
-        """Run a job later that holds so many bytes, and after it `after` with whether it succeeded.
-
-        Waits while the queue is full.
-        """
+    def put(self, job: Callable[[], None], after: Callable[[bool], None]) -> None:
+        """Run a job later, and after it `after` with whether it succeeded; waits while the queue is full."""
         self._raise_failure()
         self._gathered.append(partial(self._run, job, after))
-        self._gathered_bytes += size
         if not self._takes_turns:
             self.start()
-        elif len(self._gathered) >= self._threads and self._gathered_bytes >= _GATHERED_BYTES:
-            self.take_turn()
-
-    def take_turn(self) -> None:
-        """Begin with what was gathered, and where the model waits for it, end with it: its memory is free then."""
-        self.start()
-        if self._takes_turns:
+        elif len(self._gathered) >= _QUEUE_LENGTH:
+            self.start()
             self._wait()
 
     def start(self) -> None:
@@ -129,7 +115,7 @@ class BlockWriter:
             with self._idle:
                 self._waiting += 1
             self._pool.submit(job)
-        self._gathered, self._gathered_bytes = [], 0
+        self._gathered = []
 
     def flush(self) -> None:
         """Wait until everything is written."""
@@ -179,17 +165,17 @@ class BlockJobs:
         self._open = 1
         self._last: Callable[[], None] | None = None
 
-    def put(self, job: Callable[[], None], size: int = 0) -> None:
-        """Write later what has so many bytes; waits while the queue is full."""
+    def put(self, job: Callable[[], None]) -> None:
+        """Write later; waits while the queue is full."""
         with self._lock:
             self._open += 1
-        self._writer.put(lambda: job() if self._wanted() else None, self._done, size)
+        self._writer.put(lambda: job() if self._wanted() else None, self._done)
 
     def close(self, last: Callable[[], None]) -> None:
         """Say that no job follows but the last one, which runs when all others have succeeded."""
         self._last = last
         self._writer.put(lambda: None, self._done)
-        self._writer.take_turn()
+        self._writer.start()
 
     def _done(self, succeeded: bool) -> None:
         with self._lock:
@@ -209,10 +195,9 @@ class BlockBuffer:
     def __init__(self, run: Run, block: range, rows: Sequence[int], writer: BlockJobs) -> None:
         self._run = run
         self._block = block
-        self._rows = frozenset(rows)
         self._wanted = len(rows)
         self._writer = writer
-        self._open: dict[tuple[str, str, Place], tuple[np.ndarray | _InParts, int]] = {}
+        self._open: dict[tuple[str, str, Place], tuple[np.ndarray, int]] = {}
         self._pieces: dict[tuple[str, int], dict[int, np.ndarray]] = {}
         self.bytes = 0
 
@@ -225,39 +210,24 @@ class BlockBuffer:
         plan = self._run.plan.sites[site]
         together = name in SUMMARIES
         place = (site, name, 0 if together else at)
-        held, filled = self._open.pop(place, (None, 0))
-        if held is None:
-            held = self._begun(site, name, at, rows, values)
-        if isinstance(held, _InParts):
-            self._writer.put(partial(held.add, rows, values), 0 if values is None else values.nbytes)
-        elif held is not values and values is not None:
-            places: tuple[Any, ...] = (list(rows), *(slice(0, n) for n in values.shape[1:]))
-            (held[:, at] if together else held)[places] = values
+        array, filled = self._open.pop(place, (None, 0))
+        if array is None and not together and values is not None and self._is_whole(plan, name, rows, values):
+            array = values
+        else:
+            dtype = np.dtype(SITE_QUANTITIES[name].dtype) if values is None else values.dtype
+            array = self._empty(plan, name, dtype) if array is None else array
+            if values is not None:
+                places: tuple[Any, ...] = (list(rows), *(slice(0, n) for n in values.shape[1:]))
+                (array[:, at] if together else array)[places] = values
         filled += len(rows)
         if filled < self._wanted * (len(plan.layers) if together else 1):
-            self._open[place] = (held, filled)
+            self._open[place] = (array, filled)
             return
-        self.bytes += held.nbytes
-        if isinstance(held, _InParts):
-            return
-        write = self._run.write_layers if together else partial(self._run.write_layer, place=at)
-        self._writer.put(partial(write, site, name, self._block, values=held), held.nbytes)
-
-    def _begun(
-        self, site: str, name: str, at: Place, rows: Sequence[int], values: np.ndarray | None
-    ) -> "np.ndarray | _InParts":
-        """What holds a layer from its first batch on: the batch itself, parts of a shard, or an array to be filled."""
-        plan = self._run.plan.sites[site]
-        if values is None:
-            return self._empty(plan, name, np.dtype(SITE_QUANTITIES[name].dtype))
-        if name not in SUMMARIES:
-            if self._is_whole(plan, name, rows, values):
-                return values
-            shard = self._run.layer_in_parts(site, name, self._block, at, values.dtype)
-            if shard is not None:
-                left_out = [row for row in range(len(self._block)) if row not in self._rows]
-                return _InParts(shard, partial(self._empty, plan, name, values.dtype, 1), self._wanted, left_out)
-        return self._empty(plan, name, values.dtype)
+        self.bytes += array.nbytes
+        if together:
+            self._writer.put(lambda: self._run.write_layers(site, name, self._block, array))
+        else:
+            self._writer.put(lambda: self._run.write_layer(site, name, self._block, at, array))
 
     def put_ragged(self, site: str, layer: int, pieces: Mapping[int, np.ndarray]) -> None:
         """Add attention weights without padding at a layer position: (head, element) by row of the block."""
@@ -268,7 +238,7 @@ class BlockBuffer:
         del self._pieces[site, layer]
         values, begins = end_to_end([found.get(row) for row in range(len(self._block))])
         self.bytes += values.nbytes
-        self._writer.put(lambda: self._run.write_ragged(site, self._block, layer, values, begins), values.nbytes)
+        self._writer.put(lambda: self._run.write_ragged(site, self._block, layer, values, begins))
 
     def unfinished(self) -> list[str]:
         """What did not come for every row: names of quantity and layer."""
@@ -284,48 +254,9 @@ class BlockBuffer:
         alone = {"sample"} if name in SUMMARIES else {"sample", "layer", "answer"}
         return len(self._block), *(sizes[d] for d in SITE_QUANTITIES[name].dims if d not in alone)
 
-    def _empty(self, site: SitePlan, name: str, dtype: np.dtype, samples: int | None = None) -> np.ndarray:
+    def _empty(self, site: SitePlan, name: str, dtype: np.dtype) -> np.ndarray:
         # Codes can't be NaN as numbers; what stays unfilled is hidden by the token kinds in any case.
-        block, *shape = self._shape(site, name)
-        fill = 0 if dtype.kind == "u" else SITE_QUANTITIES[name].fill
-        return np.full((block if samples is None else samples, *shape), fill, dtype)
-
-
-class _InParts:
-    """A layer of which every batch is encoded when it comes; with the last of so many samples it is written.
-
-    `empty` makes the values of one sample to which nothing has come, as of those at the positions `left_out`.
-    """
-
-    def __init__(
-        self, shard: ShardInParts, empty: Callable[[], np.ndarray], samples: int, left_out: Sequence[int]
-    ) -> None:
-        self._shard = shard
-        self._empty = empty
-        self._missing = samples
-        self._left_out = left_out
-        self._lock = threading.Lock()
-        self.nbytes = (samples + len(left_out)) * shard.bytes_of_sample
-
-    def add(self, rows: Sequence[int], values: np.ndarray | None) -> None:
-        """Encode the values (batch, ...) of these rows of the block; shorter tokens leave the rest unfilled."""
-        for at, row in enumerate(rows):
-            self._shard.put(row, self._of_sample(None if values is None else values[at]))
-        with self._lock:
-            self._missing -= len(rows)
-            complete = not self._missing
-        if complete:
-            for row in self._left_out:
-                self._shard.put(row, self._of_sample(None))
-            self._shard.write()
-
-    def _of_sample(self, values: np.ndarray | None) -> np.ndarray:
-        if values is not None and values.shape == self._shard.shape_of_sample:
-            return values
-        (whole,) = self._empty()
-        if values is not None:
-            whole[tuple(slice(0, n) for n in values.shape)] = values
-        return whole
+        return np.full(self._shape(site, name), 0 if dtype.kind == "u" else SITE_QUANTITIES[name].fill, dtype)
 
 
 class TokenBuffer:

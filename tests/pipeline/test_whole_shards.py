@@ -13,7 +13,7 @@ from zarr.storage import MemoryStore
 
 from attnscope.arrays import COMPRESSORS, ArrayPlan, create_array
 from attnscope.quantities import quantity
-from attnscope.whole_shards import ShardInParts, write_shard
+from attnscope.whole_shards import write_shard
 
 SITE = quantity("site", "attention")
 BLOSC = (zarr.codecs.BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=2), zarr.codecs.Crc32cCodec())
@@ -108,40 +108,3 @@ def test_what_is_not_a_whole_shard_of_ours_is_left_to_zarr(
 ) -> None:
     assert not write_shard(array, first, given)
     assert not array[:].any()
-
-
-@pytest.mark.parametrize("compressors", [COMPRESSORS, BLOSC], ids=["zstd", "blosc"])
-def test_a_shard_in_parts_is_the_one_written_at_once(compressors: Sequence[object]) -> None:
-    chunks, shards = (1, 1, 2, 2, 6), (4, 1, 4, 6, 6)
-    at_once, in_parts = (made(compressors=compressors, chunks=chunks, shards=shards) for _ in range(2))
-    assert write_shard(at_once, (4, 2, 0, 0, 0), values()[:, 0])
-    shard = ShardInParts.begin(in_parts, (4, 2), 4, np.dtype("float16"))
-    assert shard is not None
-    assert shard.shape_of_sample == (4, 5, 6)
-    assert shard.bytes_of_sample == 240
-    for sample in (2, 0, 3, 1):
-        shard.put(sample, values()[sample, 0])
-    assert not any("/c/" in key for key in in_parts.store._store_dict)
-    shard.write()
-    stored = [{k: v.to_bytes() for k, v in a.store._store_dict.items()} for a in (at_once, in_parts)]
-    assert stored[0] == stored[1]
-    read = zarr.open_array(in_parts.store, path="site/attention", mode="r")
-    np.testing.assert_array_equal(read[4:8, 2], values()[:, 0])
-
-
-@pytest.mark.parametrize(
-    ("array", "first", "samples", "dtype"),
-    [
-        (made(), (2, 0), 4, "float16"),
-        (made(), (0, 0), 3, "float16"),
-        (made(), (0, 0), 4, "float32"),
-        (made(shards=None, chunks=(4, 1, 4, 5, 6)), (0, 0), 4, "float16"),
-        (made(chunks=(2, 1, 2, 5, 6)), (0, 0), 4, "float16"),
-        (made(compressors=zarr.codecs.GzipCodec()), (0, 0), 4, "float16"),
-    ],
-    ids=["inside a shard", "a part", "another type", "no shard", "several samples a chunk", "another codec"],
-)
-def test_parts_are_taken_where_samples_are_chunks_of_their_own(
-    array: zarr.Array, first: tuple[int, ...], samples: int, dtype: str
-) -> None:
-    assert ShardInParts.begin(array, first, samples, np.dtype(dtype)) is None
