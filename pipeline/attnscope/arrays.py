@@ -168,16 +168,20 @@ def _tile_chunks(shape: tuple[int, ...], unit: int, itemsize: int) -> tuple[tupl
     """
     _, _, heads, queries, keys = shape
     samples, together, rows = unit, heads, queries
-    while samples * together * rows * keys * itemsize > _TILE_BYTES and max(samples, together, rows) > 1:
+
+    def filled_up() -> int:
+        # A bit shuffle leaves the end of what is not a multiple of 8 numbers as it is.
+        step = 8 // math.gcd(8, samples * together * keys)
+        return -(-rows // step) * step
+
+    while samples * together * filled_up() * keys * itemsize > _TILE_BYTES and max(samples, together, rows) > 1:
         if samples > 1:
             samples = _next_divisor(unit, samples)
         elif rows > 1 and (together == 1 or queries * together <= heads * rows):
             rows = -(-rows // 2)
         else:
             together = _next_divisor(heads, together)
-    # A bit shuffle leaves the end of what is not a multiple of 8 numbers as it is.
-    step = 8 // math.gcd(8, samples * together * keys)
-    rows = -(-rows // step) * step
+    rows = filled_up()
     chunk = (samples, 1, together, rows, keys)
     block = (unit, 1, heads, -(-queries // rows) * rows, keys)
     return chunk, None if chunk == block else block

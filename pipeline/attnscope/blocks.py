@@ -116,30 +116,35 @@ def _extract_block(job: Job, block: range) -> None:
     regions = _Regions(job, block)
     scores = np.full((1, len(block)), np.nan, np.float32)
     pictures = np.zeros((len(block), THUMBNAIL_PIXELS, THUMBNAIL_PIXELS, 3), np.uint8)
-    with torch.random.fork_rng(devices=_cuda_devices(job.loaded)):
-        for batch_rows, inputs in batches:
-            job.check()
-            seed = batch_seed(block, batch_rows)
-            layouts = Layouts(job, inputs, seed)
-            torch.manual_seed(seed)
-            score, counts = _run_batch(job, buffer, batch_rows, inputs, layouts)
-            if score is not None:
-                scores[0, batch_rows] = score
-            for name, count in counts.items():
-                tokens[name].put(batch_rows, layouts.of(name, count))
-                regions.put(name, batch_rows, layouts.of(name, count), inputs)
-            if job.run.plan.thumbnails:
-                pictures[batch_rows] = _thumbnails(job, block, batch_rows, inputs)
-    if rows and (unfinished := buffer.unfinished()):
-        raise RecordingError(
-            f"the model did not run {unfinished[0]} for every sample; its calls differ between batches"
-        )
+    try:
+        with torch.random.fork_rng(devices=_cuda_devices(job.loaded)):
+            for batch_rows, inputs in batches:
+                job.check()
+                seed = batch_seed(block, batch_rows)
+                layouts = Layouts(job, inputs, seed)
+                _draw_from(seed, job.loaded)
+                score, counts = _run_batch(job, buffer, batch_rows, inputs, layouts)
+                if score is not None:
+                    scores[0, batch_rows] = score
+                for name, count in counts.items():
+                    tokens[name].put(batch_rows, layouts.of(name, count))
+                    regions.put(name, batch_rows, layouts.of(name, count), inputs)
+                if job.run.plan.thumbnails:
+                    pictures[batch_rows] = _thumbnails(job, block, batch_rows, inputs)
+        if rows and (unfinished := buffer.unfinished()):
+            raise RecordingError(
+                f"the model did not run {unfinished[0]} for every sample; its calls differ between batches"
+            )
+    except BaseException:
+        buffer.abandon()
+        raise
     done = BlockDone(block, len(problems), buffer.bytes)
 
     def finish() -> None:
         if not job.claims.may_hold(claim):
             # This process was suspended, and another has taken the block over: it is the other's to write.
             job.claims.give_up(claim)
+            buffer.abandon()
             return
         regions.write()
         _write_rest(job, block, tokens, scores, pictures, problems)
@@ -351,7 +356,7 @@ class Layouts:
         if (stream, tokens) not in self._made:
             with torch.random.fork_rng(devices=_cuda_devices(self._work.loaded)):
                 # A layout that depends on what the model drew (ViLT's order of patches) draws it again.
-                torch.manual_seed(self._seed)
+                _draw_from(self._seed, self._work.loaded)
                 self._made[stream, tokens] = _layout(self._work, self._inputs, stream, tokens)
         return self._made[stream, tokens]
 
@@ -391,6 +396,14 @@ def _thumbnails(work: Work, block: range, rows: Sequence[int], inputs: Inputs) -
         loaded = [work.prepared.sample(block.start + r).load_image() for r in rows]
         pictures = [p if p is not None else Image.new("RGB", size) for p in loaded]
     return np.stack([np.asarray(p.resize(size, Image.Resampling.BILINEAR)) for p in pictures])
+
+
+def _draw_from(seed: int, loaded: LoadedModel) -> None:
+    """Seed what a forward draws from; `torch.manual_seed` takes a millisecond for the devices that aren't there."""
+    if loaded.device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def batch_seed(block: range, rows: Sequence[int]) -> int:

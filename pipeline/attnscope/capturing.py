@@ -294,8 +294,9 @@ def call_quantities(
         wanted -= FACTORS
     if kinds is None and wanted & SUMMARIES:
         wanted = wanted - SUMMARIES | {"attention"}
-    batch, heads, queries, _ = call.shape
-    valid = call.row_valid().expand(batch, heads, queries).any(dim=1)
+    batch, _, queries, _ = call.shape
+    valid = call.row_valid()
+    valid = (valid[:, 0] if valid.shape[1] == 1 else valid.any(dim=1)).expand(batch, queries)
     encoding = "exact" if plan.form == "factored" else spec.encoding
     beside = None if kinds is None else Summaries(kinds, valid, wanted & SUMMARIES, encoding)
     found = _by_head_tiles(call, gradient, wanted, spec.encoding, beside) | {"query_valid": valid.cpu().numpy()}

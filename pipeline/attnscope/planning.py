@@ -269,7 +269,8 @@ def check_rows(attention: torch.Tensor, call: AttentionCall) -> None:
     Rows that were computed here from query and key are so by construction, unless those aren't finite.
     """
     if call.probabilities is None:
-        if not np.isfinite(float(attention.sum())):
+        # A softmax makes the whole of a row NaN where a single score is, or is infinite.
+        if not np.isfinite(float(attention[..., :1].sum())):
             raise RecordingError(f"attention of module {call.module!r} is not finite: its query or key isn't")
         return
     sums = attention.sum(dim=-1)

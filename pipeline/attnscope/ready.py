@@ -109,7 +109,7 @@ def widened(row: Inputs, rows: Sequence[Inputs]) -> Inputs:
     for name, tensor in row.items():
         longest = [max(sizes) for sizes in zip(*(r[name].shape for r in rows if name in r), strict=True)]
         pad = [n for d in range(tensor.ndim - 1, 0, -1) for n in (0, longest[d] - tensor.shape[d])]
-        padded[name] = torch.nn.functional.pad(tensor, pad)
+        padded[name] = torch.nn.functional.pad(tensor, pad) if any(pad) else tensor
     return padded
 
 

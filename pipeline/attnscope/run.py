@@ -63,7 +63,7 @@ from attnscope.samples import Sample
 from attnscope.selection import Choice, select
 from attnscope.stores import StoreError, delete, keys, open_group, open_store, read
 from attnscope.tokens import KIND_CODES, KINDS, TokenLayout
-from attnscope.whole_shards import write_shard
+from attnscope.whole_shards import OpenShard, open_shard, write_shard
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -185,6 +185,15 @@ class Run:
         at = place if isinstance(place, tuple) else (place,)
         if not write_shard(array, (block.start, *at, *(0 for _ in values.shape[1:])), values):
             array[(slice(block.start, block.stop), *at)] = values
+
+    def open_layer(
+        self, site: str, name: str, block: range, place: int | tuple[int, int], expected: int, dtype: np.dtype
+    ) -> OpenShard | None:
+        """What writes the same for each of the expected samples as it comes; None where they have to come together."""
+        array = self._array(f"{site}/{name}")
+        at = place if isinstance(place, tuple) else (place,)
+        first = (block.start, *at, *(0 for _ in array.shape[1 + len(at) :]))
+        return open_shard(array, first, len(block), expected, dtype)
 
     def write_ragged(self, site: str, block: range, layer: int, values: np.ndarray, begins: np.ndarray) -> None:
         """Write the attention of one layer of a whole block without padding: (head, element).

@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,6 +20,8 @@ _URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # What waiting does not mend: the same call fails in the same way.
 _LASTING = (StoreError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 _LASTING_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EPIPE}
+# As many as Linux and macOS take in one call.
+_PARTS_AT_ONCE = 1024
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -86,23 +88,69 @@ def read(store: Store, key: str) -> bytes | None:
 
 def write(store: Store, key: str, *parts: bytes) -> None:
     """Write an object as a whole, from parts that lie one behind the other."""
-    if isinstance(store, LocalStore):
-        _write_file(Path(store.root) / key, parts)
-    else:
-        sync(store.set(key, default_buffer_prototype().buffer.from_bytes(b"".join(parts))))
-
-
-def _write_file(path: Path, parts: Iterable[bytes]) -> None:
-    """As zarr writes a file, but here and now: its hops between threads take as long as compression."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{uuid.uuid4().hex}.partial")
+    unfinished = UnfinishedObject(store, key)
     try:
-        with unfinished.open("wb") as file:
-            file.writelines(parts)
-        unfinished.replace(path)
+        unfinished.append(parts)
+        unfinished.finish()
     except BaseException:
-        unfinished.unlink(missing_ok=True)
+        unfinished.abandon()
         raise
+
+
+class UnfinishedObject:
+    """An object that grows part by part, and is there under its key when it is finished.
+
+    In a folder it grows as a file beside the one that it becomes, as zarr writes a file, but here and now: zarr's hops
+    between threads take as long as compression. Elsewhere it grows in memory.
+    """
+
+    def __init__(self, store: Store, key: str) -> None:
+        self._store = store
+        self._key = key
+        self._path = Path(store.root) / key if isinstance(store, LocalStore) else None
+        self._partial: Path | None = None
+        self._parts: list[bytes] = []
+
+    def append(self, parts: Sequence[bytes]) -> None:
+        """Add parts behind the others."""
+        if self._path is None:
+            self._parts += parts
+            return
+        flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        if self._partial is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._partial = self._path.with_suffix(f".{uuid.uuid4().hex}.partial")
+            flags |= os.O_CREAT | os.O_EXCL
+        # Opened anew each time: a block may have more objects under way than a process may have files open.
+        descriptor = os.open(self._partial, flags, 0o666)
+        try:
+            for start in range(0, len(parts), _PARTS_AT_ONCE):
+                _write_parts(descriptor, parts[start : start + _PARTS_AT_ONCE])
+        finally:
+            os.close(descriptor)
+
+    def finish(self) -> None:
+        """Put the object under its key."""
+        if self._path is None:
+            sync(self._store.set(self._key, default_buffer_prototype().buffer.from_bytes(b"".join(self._parts))))
+        else:
+            assert self._partial is not None
+            self._partial.replace(self._path)
+
+    def abandon(self) -> None:
+        """Give up what is there so far."""
+        self._parts.clear()
+        if self._partial is not None:
+            self._partial.unlink(missing_ok=True)
+
+
+def _write_parts(descriptor: int, parts: Sequence[bytes]) -> None:
+    """Many parts in one call: a call for each takes as long as the copying itself."""
+    written = os.writev(descriptor, parts) if hasattr(os, "writev") else 0
+    if written < sum(map(len, parts)):
+        rest = memoryview(b"".join(parts))[written:]
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
 
 
 def write_once(store: Store, key: str, content: bytes) -> bytes | None:
@@ -151,6 +199,7 @@ def open_group(store: Store, path: str = "", mode: str = "r") -> zarr.Group:
 
 __all__ = [
     "StoreError",
+    "UnfinishedObject",
     "Unreachable",
     "can_pass",
     "delete",

@@ -7,14 +7,15 @@ layer, so that no chunk has to be read, merged or looked up. The objects are tho
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import numpy as np
 import zarr
 
 from attnscope.chunks import NO_CHUNK, Layout, checksum, layout_of
-from attnscope.stores import write
+from attnscope.stores import UnfinishedObject, write
 
 
 def write_shard(array: zarr.Array, first: Sequence[int], values: np.ndarray) -> bool:
@@ -34,35 +35,113 @@ def write_shard(array: zarr.Array, first: Sequence[int], values: np.ndarray) -> 
     if values.size % math.prod(ahead) or not (length == last or (0 < length < last and length % chunk[-1] == 0)):
         return False
     chunks = _cut(values.reshape(*ahead, length), chunk, array.fill_value)
+    key = _key(array, layout, first)
     if layout.is_sharded:
-        parts = _sharded(chunks, layout)
+        index = _Index(layout)
+        parts = [part for place, values in chunks for part in index.add(place, layout.encode(values))]
+        parts += index.parts()
     else:
         ((_, only),) = chunks
         parts = layout.encode(only)
-    key = array.metadata.encode_chunk_key(tuple(f // s for f, s in zip(first, shape, strict=True)))
-    write(array.store, f"{array.path}/{key}", *parts)
+    write(array.store, key, *parts)
     return True
 
 
+def _key(array: zarr.Array, layout: Layout, first: Sequence[int]) -> str:
+    place = tuple(f // s for f, s in zip(first, layout.shard, strict=True))
+    return f"{array.path}/{array.metadata.encode_chunk_key(place)}"
+
+
+class OpenShard:
+    """A shard whose samples come one by one, in any order; they are encoded and written at once, from any thread.
+
+    When so many as `expected` have come it is there. Others are missing in it, which reads as the fill value.
+    """
+
+    def __init__(self, array: zarr.Array, layout: Layout, first: Sequence[int], expected: int) -> None:
+        self._layout = layout
+        self._fill = array.fill_value
+        self._object = UnfinishedObject(array.store, _key(array, layout, first))
+        self._index = _Index(layout)
+        self._lock = threading.Lock()
+        self._to_come = expected
+        self._is_abandoned = False
+
+    def add(self, samples: Sequence[int], values: np.ndarray | None) -> None:
+        """Write samples by their places in the shard: values (sample, ...), without axes of which the shard has one.
+
+        Shorter values are those of the first elements along each axis; None for samples that have no values.
+        """
+        encoded = [] if values is None else [self._encoded(*one) for one in zip(samples, values, strict=True)]
+        with self._lock:
+            if self._is_abandoned:
+                return
+            self._object.append([part for chunks in encoded for chunk in chunks for part in self._index.add(*chunk)])
+            self._to_come -= len(samples)
+            if not self._to_come:
+                self._object.append(self._index.parts())
+                self._object.finish()
+
+    def abandon(self) -> None:
+        """Leave nothing behind, whatever still comes."""
+        with self._lock:
+            self._is_abandoned = True
+            self._object.abandon()
+
+    def _encoded(self, sample: int, values: np.ndarray) -> list[tuple[tuple[int, ...], list[bytes]]]:
+        whole = values.reshape(*(1 for _ in range(len(self._layout.chunk) - values.ndim)), *values.shape)
+        chunks = _cut(whole, self._layout.chunk, self._fill)
+        return [((sample, *place[1:]), self._layout.encode(chunk)) for place, chunk in chunks]
+
+
+def open_shard(
+    array: zarr.Array, first: Sequence[int], samples: int, expected: int, dtype: np.dtype
+) -> OpenShard | None:
+    """A shard that begins at the element `first`, with so many samples, the first axis; None for what can't be one.
+
+    That are values of another type, a part of what the shard has in the array, several samples in a chunk, and codecs
+    not known here.
+    """
+    layout = layout_of(array)
+    if layout is None or not layout.is_sharded or layout.chunk[0] != 1 or dtype != array.dtype:
+        return None
+    if any(f % s for f, s in zip(first, layout.shard, strict=True)):
+        return None
+    is_whole = samples == min(layout.shard[0], array.shape[0] - first[0])
+    return OpenShard(array, layout, first, expected) if is_whole else None
+
+
+class _Index:
+    """Where in its object each chunk of a shard lies."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._spans = np.full((*layout.grid, 2), NO_CHUNK, "<u8")
+        self._end = 0
+
+    def add(self, place: tuple[int, ...], parts: list[bytes]) -> list[bytes]:
+        """The parts of a chunk, which lies behind the others."""
+        length = sum(map(len, parts))
+        self._spans[place] = self._end, length
+        self._end += length
+        return parts
+
+    def parts(self) -> list[bytes]:
+        """Offset and length of each chunk, and the checksum of these, which stand at the end."""
+        content = self._spans.tobytes()
+        return [content, checksum(content)]
+
+
 def _cut(values: np.ndarray, chunk: Sequence[int], fill: object) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """Chunks by their place, those at the end filled up."""
+    """Chunks by their place, those at the end filled up; each is good until the next is asked for."""
+    filled = np.empty((), values.dtype)
+    shape: tuple[int, ...] | None = None
     for place in product(*(range(-(-n // c)) for n, c in zip(values.shape, chunk, strict=True))):
         part = values[tuple(slice(p * c, (p + 1) * c) for p, c in zip(place, chunk, strict=True))]
-        if part.shape != tuple(chunk):
-            missing = [(0, c - n) for c, n in zip(chunk, part.shape, strict=True)]
-            part = np.pad(part, missing, constant_values=fill)  # type: ignore[call-overload]
-        yield place, part
-
-
-def _sharded(chunks: Iterable[tuple[tuple[int, ...], np.ndarray]], layout: Layout) -> list[bytes]:
-    """Chunks one behind the other, then the offset and length of each, then the checksum of these."""
-    index = np.full((*layout.grid, 2), NO_CHUNK, "<u8")
-    parts = []
-    offset = 0
-    for place, values in chunks:
-        part = layout.encode(values)
-        length = sum(map(len, part))
-        index[place] = offset, length
-        offset += length
-        parts += part
-    return [*parts, index.tobytes(), checksum(index.tobytes())]
+        if part.shape == tuple(chunk):
+            yield place, part
+            continue
+        if part.shape != shape:
+            # Once for all chunks of this shape: `np.pad` takes as long as compression.
+            filled, shape = np.full(chunk, fill, values.dtype), part.shape
+        filled[tuple(slice(n) for n in part.shape)] = part
+        yield place, filled

@@ -17,11 +17,14 @@ from attnscope.recording import AttentionCall
 from attnscope.run import Run
 from attnscope.stores import full_disk_told
 from attnscope.tokens import TokenLayout
+from attnscope.whole_shards import OpenShard
 
 # Of float32 attention that is computed at once. A GPU has the room, and is busy with a larger tile only; of a processor
 # it is what the C library hands out again without having the system clear it (measured: four times as fast as 64 MiB).
 _TILE_BYTES = {"cpu": 2**24, "cuda": 2**29}
-_QUEUE_LENGTH = 4
+# What may wait to be written; and what is gathered before the model makes room for the writers.
+_QUEUE_BYTES = 2**26
+_TURN_BYTES = 2**25
 
 Place: TypeAlias = int | tuple[int, int]
 """The position of a layer, or those of a layer and a written token."""
@@ -80,42 +83,49 @@ class BlockWriter:
     already. A failure comes out of the next `put` or `flush`, a full disk as one sentence; a block that failed never
     sees its last job.
 
-    Beside a model on a GPU, jobs run as they come. Where the model itself has all cores busy (`takes_turns`), a few
-    are gathered, and the model waits until all threads have done them: one thread beside it would make the model's
-    threads wait for each other at every step, and cost twice its own time (measured).
+    Beside a model on a GPU, jobs run as they come. Where the model itself has all cores busy (`takes_turns`), some
+    32 MiB are gathered, and the model waits until all threads have done them: one thread beside it would make the
+    model's threads wait for each other at every step, and cost twice its own time (measured).
     """
 
     def __init__(self, threads: int = 1, takes_turns: bool = False) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="attnscope-writer")
-        self._free = threading.Semaphore(_QUEUE_LENGTH + threads)
-        self._idle = threading.Condition()
+        self._changed = threading.Condition()
         self._takes_turns = takes_turns
-        self._gathered: list[Callable[[], None]] = []
-        self._waiting = 0
+        self._gathered: list[tuple[Callable[[], None], int]] = []
+        self._gathered_bytes = 0
+        self._jobs_waiting = 0
+        self._bytes_waiting = 0
         self._failure: BaseException | None = None
 
     def block(self, wanted: Callable[[], bool] = lambda: True) -> "BlockJobs":
         """A queue for the jobs of one block, each of which is left out unless it is still `wanted`."""
         return BlockJobs(self, wanted)
 
-    def put(self, job: Callable[[], None], after: Callable[[bool], None]) -> None:
-        """Run a job later, and after it `after` with whether it succeeded; waits while the queue is full."""
+    def put(self, job: Callable[[], None], after: Callable[[bool], None], size: int = 0) -> None:
+        """Run a job that holds so many bytes later, and then `after` with whether it succeeded.
+
+        Waits while too many bytes are in the queue.
+        """
         self._raise_failure()
-        self._gathered.append(partial(self._run, job, after))
+        self._gathered.append((partial(self._run, job, after, size), size))
+        self._gathered_bytes += size
         if not self._takes_turns:
             self.start()
-        elif len(self._gathered) >= _QUEUE_LENGTH:
+        elif self._gathered_bytes >= _TURN_BYTES:
             self.start()
             self._wait()
 
     def start(self) -> None:
         """Begin with what was gathered."""
-        for job in self._gathered:
-            self._free.acquire()
-            with self._idle:
-                self._waiting += 1
+        for job, size in self._gathered:
+            with self._changed:
+                self._changed.wait_for(partial(self._has_room, size))
+                self._bytes_waiting += size
+                self._jobs_waiting += 1
             self._pool.submit(job)
         self._gathered = []
+        self._gathered_bytes = 0
 
     def flush(self) -> None:
         """Wait until everything is written."""
@@ -129,10 +139,13 @@ class BlockWriter:
         self._pool.shutdown(wait=True)
 
     def _wait(self) -> None:
-        with self._idle:
-            self._idle.wait_for(lambda: not self._waiting)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._jobs_waiting)
 
-    def _run(self, job: Callable[[], None], after: Callable[[bool], None]) -> None:
+    def _has_room(self, size: int) -> bool:
+        return not self._bytes_waiting or self._bytes_waiting + size <= _QUEUE_BYTES
+
+    def _run(self, job: Callable[[], None], after: Callable[[bool], None], size: int) -> None:
         failed = False
         try:
             if self._failure is None:
@@ -142,10 +155,10 @@ class BlockWriter:
         except BaseException as error:
             self._failure = error
         finally:
-            self._free.release()
-            with self._idle:
-                self._waiting -= 1
-                self._idle.notify_all()
+            with self._changed:
+                self._jobs_waiting -= 1
+                self._bytes_waiting -= size
+                self._changed.notify_all()
 
     def _raise_failure(self) -> None:
         if self._failure is None:
@@ -165,17 +178,27 @@ class BlockJobs:
         self._open = 1
         self._last: Callable[[], None] | None = None
 
-    def put(self, job: Callable[[], None]) -> None:
-        """Write later; waits while the queue is full."""
+    def put(self, job: Callable[[], None], size: int) -> None:
+        """Write so many bytes later; waits while the queue is full."""
         with self._lock:
             self._open += 1
-        self._writer.put(lambda: job() if self._wanted() else None, self._done)
+        self._writer.put(partial(self._run, job), self._done, size)
 
     def close(self, last: Callable[[], None]) -> None:
         """Say that no job follows but the last one, which runs when all others have succeeded."""
         self._last = last
         self._writer.put(lambda: None, self._done)
         self._writer.start()
+
+    def _run(self, job: Callable[[], None]) -> None:
+        if not self._wanted():
+            return
+        try:
+            job()
+        except FileNotFoundError:
+            # Who takes over a block that another process seems to have left deletes what is half written of it.
+            if self._wanted():
+                raise
 
     def _done(self, succeeded: bool) -> None:
         with self._lock:
@@ -187,18 +210,22 @@ class BlockJobs:
 
 
 class BlockBuffer:
-    """The site quantities of one block; a layer is handed to the writer once every wanted row of it has come.
+    """The site quantities of one block.
 
-    Of summaries, which are small, all layers are handed over together.
+    What a sample has for itself in the store goes to the writer with every batch. Of what is stored for several samples
+    together, a layer is gathered, and goes once every wanted row of it has come; of summaries, which are small, all
+    layers go together.
     """
 
-    def __init__(self, run: Run, block: range, rows: Sequence[int], writer: BlockJobs) -> None:
+    def __init__(self, run: Run, block: range, rows: Sequence[int], jobs: BlockJobs) -> None:
         self._run = run
         self._block = block
         self._wanted = len(rows)
-        self._writer = writer
-        self._open: dict[tuple[str, str, Place], tuple[np.ndarray, int]] = {}
-        self._pieces: dict[tuple[str, int], dict[int, np.ndarray]] = {}
+        self._jobs = jobs
+        self._shards: dict[tuple[str, str, Place], OpenShard | None] = {}
+        self._to_come: dict[tuple[str, str, Place], int] = {}
+        self._gathered: dict[tuple[str, str, Place], np.ndarray] = {}
+        self._pieces: dict[tuple[str, str, int], dict[int, np.ndarray]] = {}
         self.bytes = 0
 
     def put(self, site: str, name: str, at: Place, rows: Sequence[int], values: np.ndarray | None) -> None:
@@ -207,43 +234,78 @@ class BlockBuffer:
         Of what is recorded for each written token, `at` are the positions of layer and token; samples that wrote fewer
         have no values there (None).
         """
+        if name in SUMMARIES:
+            self._put_together(site, name, at, rows, values)
+            return
+        place = (site, name, at)
+        begins = place not in self._to_come
+        to_come = self._to_come.setdefault(place, self._wanted) - len(rows)
+        self._to_come[place] = to_come
+        dtype = np.dtype(SITE_QUANTITIES[name].dtype) if values is None else values.dtype
+        if begins:
+            self._shards[place] = self._run.open_layer(site, name, self._block, at, self._wanted, dtype)
+        shard = self._shards[place]
+        if shard is not None:
+            if values is None:
+                self._jobs.put(partial(shard.add, rows, None), 0)
+                return
+            self.bytes += values.nbytes
+            # Sample by sample, so that no thread waits for another's batch.
+            for row, value in zip(rows, values, strict=True):
+                self._jobs.put(partial(shard.add, [row], value[None]), value.nbytes)
+            return
         plan = self._run.plan.sites[site]
-        together = name in SUMMARIES
-        place = (site, name, 0 if together else at)
-        array, filled = self._open.pop(place, (None, 0))
-        if array is None and not together and values is not None and self._is_whole(plan, name, rows, values):
+        if begins and values is not None and self._is_whole(plan, name, rows, values):
             array = values
         else:
-            dtype = np.dtype(SITE_QUANTITIES[name].dtype) if values is None else values.dtype
-            array = self._empty(plan, name, dtype) if array is None else array
+            array = self._empty(plan, name, dtype) if begins else self._gathered.pop(place)
             if values is not None:
-                places: tuple[Any, ...] = (list(rows), *(slice(0, n) for n in values.shape[1:]))
-                (array[:, at] if together else array)[places] = values
-        filled += len(rows)
-        if filled < self._wanted * (len(plan.layers) if together else 1):
-            self._open[place] = (array, filled)
-            return
-        self.bytes += array.nbytes
-        if together:
-            self._writer.put(lambda: self._run.write_layers(site, name, self._block, array))
+                _lay(array, rows, values)
+        if to_come:
+            self._gathered[place] = array
         else:
-            self._writer.put(lambda: self._run.write_layer(site, name, self._block, at, array))
+            self._write(partial(self._run.write_layer, site, name, self._block, at, array), array)
+
+    def _put_together(self, site: str, name: str, at: Place, rows: Sequence[int], values: np.ndarray | None) -> None:
+        plan = self._run.plan.sites[site]
+        place = (site, name, 0)
+        to_come = self._to_come.setdefault(place, self._wanted * len(plan.layers)) - len(rows)
+        self._to_come[place] = to_come
+        if place not in self._gathered:
+            dtype = np.dtype(SITE_QUANTITIES[name].dtype) if values is None else values.dtype
+            self._gathered[place] = self._empty(plan, name, dtype)
+        array = self._gathered[place]
+        if values is not None:
+            _lay(array[:, at], rows, values)
+        if not to_come:
+            del self._gathered[place]
+            self._write(partial(self._run.write_layers, site, name, self._block, array), array)
 
     def put_ragged(self, site: str, layer: int, pieces: Mapping[int, np.ndarray]) -> None:
         """Add attention weights without padding at a layer position: (head, element) by row of the block."""
-        found = self._pieces.setdefault((site, layer), {})
+        place = (site, "attention", layer)
+        found = self._pieces.setdefault(place, {})
         found |= pieces
-        if len(found) < self._wanted:
-            return
-        del self._pieces[site, layer]
-        values, begins = end_to_end([found.get(row) for row in range(len(self._block))])
-        self.bytes += values.nbytes
-        self._writer.put(lambda: self._run.write_ragged(site, self._block, layer, values, begins))
+        self._to_come[place] = self._wanted - len(found)
+        if not self._to_come[place]:
+            del self._pieces[place]
+            values, begins = end_to_end([found.get(row) for row in range(len(self._block))])
+            self._write(partial(self._run.write_ragged, site, self._block, layer, values, begins), values)
 
     def unfinished(self) -> list[str]:
         """What did not come for every row: names of quantity and layer."""
-        open_: list[tuple[str, str, Place]] = [*self._open, *((site, "attention", at) for site, at in self._pieces)]
-        return [f"{site}/{name} at layer position {layer}" for site, name, layer in open_]
+        places = [place for place, to_come in self._to_come.items() if to_come]
+        return [f"{site}/{name} at layer position {layer}" for site, name, layer in places]
+
+    def abandon(self) -> None:
+        """Leave nothing half written behind."""
+        for shard in self._shards.values():
+            if shard is not None:
+                shard.abandon()
+
+    def _write(self, job: Callable[[], None], values: np.ndarray) -> None:
+        self.bytes += values.nbytes
+        self._jobs.put(job, values.nbytes)
 
     def _is_whole(self, site: SitePlan, name: str, rows: Sequence[int], values: np.ndarray) -> bool:
         """Whether one batch brings a whole block, in its order, so that nothing has to be gathered."""
@@ -257,6 +319,12 @@ class BlockBuffer:
     def _empty(self, site: SitePlan, name: str, dtype: np.dtype) -> np.ndarray:
         # Codes can't be NaN as numbers; what stays unfilled is hidden by the token kinds in any case.
         return np.full(self._shape(site, name), 0 if dtype.kind == "u" else SITE_QUANTITIES[name].fill, dtype)
+
+
+def _lay(array: np.ndarray, rows: Sequence[int], values: np.ndarray) -> None:
+    """Lay values (batch, ...) into rows of an array that may be longer along the other axes."""
+    places: tuple[Any, ...] = (list(rows), *(slice(0, n) for n in values.shape[1:]))
+    array[places] = values
 
 
 class TokenBuffer:

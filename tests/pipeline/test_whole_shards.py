@@ -1,7 +1,9 @@
 """Shards that are encoded here are what zarr reads as its own."""
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +11,12 @@ import zarr
 import zarr.codecs
 from hypothesis import given
 from hypothesis import strategies as st
-from zarr.storage import MemoryStore
+from zarr.abc.store import Store
+from zarr.storage import LocalStore, MemoryStore
 
 from attnscope.arrays import COMPRESSORS, ArrayPlan, create_array
 from attnscope.quantities import quantity
-from attnscope.whole_shards import write_shard
+from attnscope.whole_shards import OpenShard, open_shard, write_shard
 
 SITE = quantity("site", "attention")
 BLOSC = (zarr.codecs.BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=2), zarr.codecs.Crc32cCodec())
@@ -25,9 +28,10 @@ def made(
     compressors: Sequence[object] = COMPRESSORS,
     shards: tuple[int, ...] | None = SHARD,
     chunks: tuple[int, ...] = CHUNK,
+    store: Store | None = None,
 ) -> zarr.Array:
     return zarr.create_array(
-        MemoryStore(), name="site/attention", shape=SHAPE, dtype=dtype, chunks=chunks, shards=shards,
+        store or MemoryStore(), name="site/attention", shape=SHAPE, dtype=dtype, chunks=chunks, shards=shards,
         compressors=compressors, fill_value=0,
     )  # fmt: skip
 
@@ -108,3 +112,78 @@ def test_what_is_not_a_whole_shard_of_ours_is_left_to_zarr(
 ) -> None:
     assert not write_shard(array, first, given)
     assert not array[:].any()
+
+
+def opened(array: zarr.Array, expected: int = 4, first: tuple[int, ...] = (4, 2, 0, 0, 0)) -> OpenShard:
+    shard = open_shard(array, first, 4, expected, np.dtype("float16"))
+    assert shard is not None
+    return shard
+
+
+@pytest.fixture(params=["folder", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return LocalStore(tmp_path) if request.param == "folder" else MemoryStore()
+
+
+def test_samples_that_come_one_by_one_in_any_order_are_what_comes_together(store: Store) -> None:
+    array, given = made(store=store), values()[:, 0]
+    shard = opened(array)
+    shard.add([3], given[3:])
+    shard.add([1, 0], given[[1, 0]])
+    assert not array[:].any()
+    shard.add([2], given[2:3])
+    np.testing.assert_array_equal(array[4:8, 2], given)
+    assert not array[:4].any()
+    assert not array[:, :2].any()
+
+
+def test_shorter_and_missing_samples_leave_the_fill_value(store: Store) -> None:
+    array = made(store=store)
+    given = 1 + values()[:, 0]
+    shard = opened(array, expected=3)
+    shard.add([2], given[2:3, :, :3])
+    shard.add([0], None)
+    shard.add([3], given[3:])
+    wanted = np.zeros_like(given)
+    wanted[2, :, :3], wanted[3] = given[2, :, :3], given[3]
+    np.testing.assert_array_equal(array[4:8, 2], wanted)
+
+
+def test_an_abandoned_shard_leaves_nothing(tmp_path: Path) -> None:
+    array, given = made(store=LocalStore(tmp_path)), values()[:, 0]
+    before = sorted(tmp_path.rglob("*"))
+    shard = opened(array)
+    shard.add([0], given[:1])
+    assert len(sorted(tmp_path.rglob("*.partial"))) == 1
+    shard.abandon()
+    shard.add([1, 2, 3], given[1:])
+    assert [p for p in sorted(tmp_path.rglob("*")) if p.is_file()] == [p for p in before if p.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("array", "first", "samples", "dtype"),
+    [
+        (made(), (2, 0, 0, 0, 0), 4, "float16"),
+        (made(), (0, 0, 0, 0, 0), 2, "float16"),
+        (made(), (0, 0, 0, 0, 0), 4, "float32"),
+        (made(chunks=(2, 1, 2, 5, 6)), (0, 0, 0, 0, 0), 4, "float16"),
+        (made(shards=None, chunks=SHARD), (0, 0, 0, 0, 0), 4, "float16"),
+    ],
+    ids=["begins inside a shard", "a part", "another type", "several samples in a chunk", "no shard"],
+)
+def test_samples_that_can_not_be_written_alone(
+    array: zarr.Array, first: tuple[int, ...], samples: int, dtype: str
+) -> None:
+    assert open_shard(array, first, samples, samples, np.dtype(dtype)) is None
+
+
+def test_an_object_is_whole_where_the_system_takes_less_than_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does near the end of a disk, and always on systems without gathered writing."""
+    together, write = os.writev, os.write
+    monkeypatch.setattr(os, "writev", lambda file, parts: together(file, parts[: len(parts) // 2]))
+    monkeypatch.setattr(os, "write", lambda file, part: write(file, part[: 1 + len(part) // 2]))
+    array, given = made(store=LocalStore(tmp_path)), values()[:, 0]
+    assert write_shard(array, (4, 2, 0, 0, 0), given)
+    np.testing.assert_array_equal(array[4:8, 2], given)

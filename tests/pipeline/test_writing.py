@@ -27,8 +27,8 @@ def test_the_last_job_of_a_block_runs_after_all_its_others(writer: BlockWriter) 
     done: list[str] = []
     first, second = writer.block(), writer.block()
     for number in range(3):
-        first.put(slow(done, f"first {number}", 0.05 / (number + 1)))
-        second.put(slow(done, f"second {number}", 0.02))
+        first.put(slow(done, f"first {number}", 0.05 / (number + 1)), 0)
+        second.put(slow(done, f"second {number}", 0.02), 0)
     first.close(lambda: done.append("first is whole"))
     second.close(lambda: done.append("second is whole"))
     writer.flush()
@@ -54,10 +54,10 @@ def test_a_block_with_a_failure_is_never_closed_and_the_failure_comes_out_once(w
         raise OSError(28, "No space left on device")
 
     block = writer.block()
-    block.put(fail)
+    block.put(fail, 0)
     with pytest.raises(StoreError, match="disk is full"):
         writer.flush()
-    block.put(slow(done, "later", 0))
+    block.put(slow(done, "later", 0), 0)
     block.close(lambda: done.append("whole"))
     writer.flush()
     writer.close()
@@ -71,7 +71,7 @@ def test_putting_waits_while_the_queue_is_full(writer: BlockWriter) -> None:
 
     def fill() -> None:
         for number in range(40):
-            block.put(gate.wait)
+            block.put(gate.wait, 2**23)
             put.append(number)
 
     thread = threading.Thread(target=fill)
@@ -97,10 +97,10 @@ def test_jobs_run_side_by_side_while_the_model_waits() -> None:
         done.append(threading.current_thread().name)
 
     for _ in range(3):
-        block.put(job)
+        block.put(job, 2**23)
     time.sleep(0.05)
     assert not done
-    block.put(job)
+    block.put(job, 2**23)
     assert len(done) == 4
     assert threading.current_thread().name not in done
     writer.close()
@@ -109,7 +109,35 @@ def test_jobs_run_side_by_side_while_the_model_waits() -> None:
 def test_the_jobs_of_a_closed_block_do_not_wait_for_another_block() -> None:
     writer = BlockWriter(2, takes_turns=True)
     block, whole = writer.block(), threading.Event()
-    block.put(lambda: None)
+    block.put(lambda: None, 0)
     block.close(whole.set)
     assert whole.wait(10)
+    writer.close()
+
+
+def test_what_is_larger_than_the_queue_is_written_as_well(writer: BlockWriter) -> None:
+    done: list[str] = []
+    block = writer.block()
+    for number in range(3):
+        block.put(slow(done, f"{number}", 0.01), 2**30)
+    block.close(lambda: done.append("whole"))
+    writer.flush()
+    writer.close()
+    assert sorted(done[:3]) == ["0", "1", "2"]
+    assert done[3:] == ["whole"]
+
+
+def test_what_others_deleted_of_a_block_that_is_theirs_now_is_no_failure() -> None:
+    def deleted() -> None:
+        nonlocal mine
+        mine = False
+        raise FileNotFoundError
+
+    mine = True
+    writer = BlockWriter()
+    writer.block(lambda: mine).put(deleted, 0)
+    writer.flush()
+    writer.block().put(deleted, 0)
+    with pytest.raises(FileNotFoundError):
+        writer.flush()
     writer.close()
