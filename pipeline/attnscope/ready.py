@@ -12,6 +12,8 @@ from attnscope.samples import SampleError
 _MEASURES = ("input_ids", "inputs_embeds", "input_features", "input_values")
 # Patches of all images end to end: (patches, sizes of the images, and how `mm_token_type_ids` marks their tokens).
 _PACKED = (("pixel_values", "image_grid_thw", 1), ("pixel_values_videos", "video_grid_thw", 2))
+# Sizes of images whose patches are packed, for a vision tower on its own.
+_GRIDS = ("image_grid_thw", "grid_thw")
 # What says which part of an image tensor is padding.
 _IMAGE_MASKS = ("pixel_mask", "pixel_attention_mask", "visual_attention_mask", "aspect_ratio_mask", "image_sizes")
 
@@ -25,11 +27,16 @@ def cut_batch(batch: Mapping[str, torch.Tensor]) -> list[Inputs]:
         When tensors have different leading axes, and nothing tells which part belongs to which sample.
     """
     named = {name: batch[name] for name in sorted(batch, key=lambda name: name not in _MEASURES)}
+    for name, value in named.items():
+        if not isinstance(value, torch.Tensor) or value.ndim == 0:
+            raise SampleError(f"ready inputs are tensors with a leading batch axis, but {name!r} is {value!r}")
     lengths = {name: len(tensor) for name, tensor in named.items()}
     if len(set(lengths.values())) == 1:
         return [{n: t[i : i + 1] for n, t in named.items()} for i in range(next(iter(lengths.values())))]
     if lengths.get("input_ids") == 1:
         return [named]
+    if (images := _images(named)) is not None:
+        return images
     packed = {name for names in _PACKED for name in names[:2]}
     if "mm_token_type_ids" not in named or len({n for k, n in lengths.items() if k not in packed}) != 1:
         raise SampleError(
@@ -42,6 +49,26 @@ def cut_batch(batch: Mapping[str, torch.Tensor]) -> list[Inputs]:
             for row, own in zip(plain, _unpacked(named, patches, grids, mark), strict=True):
                 row |= own
     return plain
+
+
+def _images(batch: Inputs) -> list[Inputs] | None:
+    """The samples of a batch of packed images and nothing else: each image with its own patches; None for another."""
+    grid = next((batch[name] for name in _GRIDS if name in batch), None)
+    if grid is None or grid.ndim != 2 or any(name in batch for name in _MEASURES):
+        return None
+    ends = [0, *accumulate(grid.prod(dim=1).tolist())]
+    if any(len(tensor) not in (len(grid), ends[-1]) for tensor in batch.values()):
+        return None
+    return [
+        {n: t[i : i + 1] if len(t) == len(grid) else t[ends[i] : ends[i + 1]] for n, t in batch.items()}
+        for i in range(len(grid))
+    ]
+
+
+def sample_count(inputs: Inputs) -> int:
+    """How many samples a batch has: rows of its text or sound, or images; patches of images may be packed."""
+    name = next((name for name in (*_MEASURES, *_GRIDS) if name in inputs), next(iter(inputs)))
+    return len(inputs[name])
 
 
 def _unpacked(batch: Inputs, patches: str, grids: str, mark: int) -> Iterator[Inputs]:
@@ -116,7 +143,9 @@ def widened(row: Inputs, rows: Sequence[Inputs]) -> Inputs:
 def largest_inputs(rows: Sequence[Inputs]) -> list[Inputs]:
     """Samples that together have the most of everything: the longest text, widened, then the most packed patches."""
     names = [name for name, *_ in _PACKED]
-    chosen = [int(text_lengths(rows).argmax())]
+    lengths = text_lengths(rows)
+    # Without a text, packed patches are all that one sample may have more of.
+    chosen = [int((lengths if lengths.any() else np.array([sum(map(len, x.values())) for x in rows])).argmax())]
     for name in names:
         found = [len(row[name]) if name in row else 0 for row in rows]
         best = int(np.argmax(found))

@@ -10,7 +10,7 @@ from torch import nn
 from attnscope.compatibility import EXAMPLES
 from attnscope.extraction import extract
 from attnscope.quantities import ExtractSpec
-from attnscope.ready import alike, cut_batch
+from attnscope.ready import alike, cut_batch, sample_count
 from attnscope.recording import recording
 from attnscope.samples import SampleError
 
@@ -90,3 +90,25 @@ def test_image_tokens_that_no_image_accounts_for_are_refused() -> None:
     inputs["mm_token_type_ids"][0, 1] = 0
     with pytest.raises(SampleError, match="image_grid_thw"):
         cut_batch(inputs)
+
+
+def test_packed_images_without_a_text_are_samples() -> None:
+    patches = torch.arange(48.0)[:, None]
+    batch = {"hidden_states": patches, "grid_thw": torch.tensor([[1, 4, 4], [1, 8, 4]])}
+    first, second = cut_batch(batch)
+    assert torch.equal(first["hidden_states"], patches[:16])
+    assert torch.equal(second["hidden_states"], patches[16:])
+    assert second["grid_thw"].tolist() == [[1, 8, 4]]
+    assert sample_count(batch) == 2
+    assert len(cut_batch(second)) == sample_count(second) == 1
+
+
+def test_packed_images_that_do_not_agree_with_their_sizes_are_an_error() -> None:
+    with pytest.raises(SampleError, match="different batch sizes"):
+        cut_batch({"hidden_states": torch.ones(15, 1), "grid_thw": torch.tensor([[1, 4, 4]])})
+
+
+@pytest.mark.parametrize("value", [2, torch.tensor(2)])
+def test_a_ready_input_without_a_batch_axis_is_named(value: object) -> None:
+    with pytest.raises(SampleError, match="'codebook_idx'"):
+        cut_batch({"input_ids": torch.ones(2, 4), "codebook_idx": value})  # type: ignore[dict-item]
