@@ -214,7 +214,7 @@ def fold_of(call: AttentionCall, loaded: LoadedModel, inputs: Inputs) -> Fold | 
 def _is_one_image(inputs: Inputs) -> bool:
     """Whether a sample has one whole image: nothing that a module does twice is a part of the same."""
     pixels = inputs.get("pixel_values")
-    return pixels is not None and pixels.ndim == 4 and len(pixels) == 1
+    return pixels is not None and pixels.ndim == 4 and len(pixels) == 1 and "target_sizes" not in inputs
 
 
 def _merged(calls: Sequence[ProbedCall], is_whole: bool) -> list[ProbedCall]:

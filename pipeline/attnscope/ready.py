@@ -12,8 +12,11 @@ from attnscope.samples import SampleError
 _MEASURES = ("input_ids", "inputs_embeds", "input_features", "input_values")
 # Patches of all images end to end: (patches, sizes of the images, and how `mm_token_type_ids` marks their tokens).
 _PACKED = (("pixel_values", "image_grid_thw", 1), ("pixel_values_videos", "video_grid_thw", 2))
+_PATCHES = tuple(name for name, *_ in _PACKED)
 # Sizes of images whose patches are packed, for a vision tower on its own.
 _GRIDS = ("image_grid_thw", "grid_thw")
+# Sizes of images that `pixel_values` holds, padded or with the patches of all of them side by side.
+_TOLD_SIZES = ("image_sizes", "target_sizes")
 # What says which part of an image tensor is padding.
 _IMAGE_MASKS = ("pixel_mask", "pixel_attention_mask", "visual_attention_mask", "aspect_ratio_mask", "image_sizes")
 
@@ -82,7 +85,10 @@ def _unpacked(batch: Inputs, patches: str, grids: str, mark: int) -> Iterator[In
         while images < len(sizes) and ends[images] < count * merged:
             images += 1
         if ends[images] != count * merged:
-            raise SampleError(f"the image tokens of a sample don't agree with {grids!r} of its images")
+            raise SampleError(
+                f"the image tokens of a sample don't agree with {grids!r} of its images;"
+                " give a dict of tensors for each sample"
+            )
         if images > first:
             yield {patches: batch[patches][ends[first] : ends[images]], grids: batch[grids][first:images]}
         else:
@@ -136,18 +142,26 @@ def widened(row: Inputs, rows: Sequence[Inputs]) -> Inputs:
     for name, tensor in row.items():
         longest = [max(sizes) for sizes in zip(*(r[name].shape for r in rows if name in r), strict=True)]
         pad = [n for d in range(tensor.ndim - 1, 0, -1) for n in (0, longest[d] - tensor.shape[d])]
-        padded[name] = torch.nn.functional.pad(tensor, pad)
+        # Patches side by side are no more and no less than the sizes of their images say.
+        exact = name in _PATCHES and any(sizes in row for sizes in ("target_sizes", "grid_thw"))
+        padded[name] = tensor if exact else torch.nn.functional.pad(tensor, pad)
     return padded
 
 
+def _amount(name: str, row: Inputs) -> int:
+    """How much of an image a sample has, by its patches or by the sizes that it tells."""
+    if name not in row:
+        return 0
+    return len(row[name]) if name in _PATCHES else int(row[name].prod(dim=-1).sum())
+
+
 def largest_inputs(rows: Sequence[Inputs]) -> list[Inputs]:
-    """Samples that together have the most of everything: the longest text, widened, then the most packed patches."""
-    names = [name for name, *_ in _PACKED]
+    """Samples that together have the most of everything: the longest text, widened, then the most or largest images."""
     lengths = text_lengths(rows)
     # Without a text, packed patches are all that one sample may have more of.
     chosen = [int((lengths if lengths.any() else np.array([sum(map(len, x.values())) for x in rows])).argmax())]
-    for name in names:
-        found = [len(row[name]) if name in row else 0 for row in rows]
+    for name in (*_PATCHES, *_TOLD_SIZES, *_GRIDS):
+        found = [_amount(name, row) for row in rows]
         best = int(np.argmax(found))
         if found[best] > found[chosen[0]] and best not in chosen:
             chosen.append(best)

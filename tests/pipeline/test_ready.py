@@ -5,12 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
 from attnscope.compatibility import EXAMPLES
+from attnscope.compatibility.examples import numbers, widened
 from attnscope.extraction import extract
 from attnscope.quantities import ExtractSpec
-from attnscope.ready import alike, cut_batch, sample_count
+from attnscope.ready import alike, cut_batch, largest_inputs, sample_count
 from attnscope.recording import recording
 from attnscope.samples import SampleError
 
@@ -112,3 +114,30 @@ def test_packed_images_that_do_not_agree_with_their_sizes_are_an_error() -> None
 def test_a_ready_input_without_a_batch_axis_is_named(value: object) -> None:
     with pytest.raises(SampleError, match="'codebook_idx'"):
         cut_batch({"input_ids": torch.ones(2, 4), "codebook_idx": value})  # type: ignore[dict-item]
+
+
+def test_the_largest_image_may_be_told_by_its_size_alone() -> None:
+    ids, pixels = torch.ones(1, 4), torch.ones(1, 3, 8, 8)
+    sizes = ([[4, 4]], [[8, 4]], [[4, 8]])
+    rows = [{"input_ids": ids, "pixel_values": pixels, "image_sizes": torch.tensor(size)} for size in sizes]
+    assert [row["image_sizes"].tolist() for row in largest_inputs(rows)] == [[[4, 4]], [[8, 4]]]
+
+
+def test_images_whose_patches_lie_side_by_side_are_extracted_one_by_one() -> None:
+    config = hf.MiniCPMV4_7VisionConfig(
+        **{"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"image_size": 32, "patch_size": 4, "insert_layer_id": 0},
+    )
+    model = widened(hf.MiniCPMV4_7VisionModel._from_config(config, attn_implementation="sdpa"))
+    grids = ([4, 4], [8, 4])
+    samples = [
+        {"pixel_values": numbers(1, 3, 4, 4 * rows * columns), "target_sizes": torch.tensor([[rows, columns]])}
+        for rows, columns in grids
+    ]
+    run = extract(model, samples, spec=EXACT, batch_size=2)
+    assert run.plan.streams["vision"] == 32
+    values = run.attention("vision.self").values
+    for sample, (rows, columns) in enumerate(grids):
+        size = rows * columns
+        np.testing.assert_allclose(values[sample, 0, :, :size, :size], alone(model, samples[sample])[0], atol=2e-6)
+        assert np.isnan(values[sample, 0, :, size:]).all()

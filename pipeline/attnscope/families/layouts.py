@@ -54,7 +54,7 @@ def text_tokens(ids_name: str = "input_ids", mask_name: str = "attention_mask") 
 
     def layout(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
         ids = inputs.get(ids_name)
-        if ids is None or ids.shape[1] != tokens:
+        if ids is None or ids.shape[1] != tokens or len(ids) != sample_count(inputs):
             return unknown_layout(sample_count(inputs), tokens)
         if ids.ndim == 3:
             # One id from each codebook.
