@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 
 from attnscope.compatibility import EXAMPLES
+from attnscope.compatibility.examples import numbers, widened
 from attnscope.extraction import extract
 from attnscope.families.layouts import DEFAULT_LAYOUTS, text_kinds
 from attnscope.loading import load_model
@@ -130,3 +132,25 @@ def test_a_tower_whose_inputs_say_nothing_is_called_after_its_class() -> None:
     first = [call for call in recorded if call.module == "blocks.0.attn"]
     np.testing.assert_allclose(stored[0, 0, :, :16, :16], first[0].attention()[0].numpy(), atol=2e-6)
     np.testing.assert_allclose(stored[1, 0], first[1].attention()[0].numpy(), atol=2e-6)
+
+
+def test_what_a_decoder_looks_at_is_told_by_every_name_of_cross_attention() -> None:
+    assert extracted("pix2struct").sites == ("vision.self", "decoder.self", "decoder.vision")
+
+
+def test_a_stack_of_a_model_whose_main_input_is_neither_seen_nor_read_is_of_tokens() -> None:
+    assert extracted("pi0").sites == ("vision.self", "text.self", "tokens.self")
+
+
+def test_patches_of_a_series_are_not_seen() -> None:
+    config = hf.PatchTSMixerConfig(num_input_channels=2, self_attn=True, self_attn_heads=2, num_layers=1)
+    run = extract(widened(hf.PatchTSMixerModel(config)), [{"past_values": numbers(2, 32, 2)}], spec=EXACT)
+    assert all(site.startswith("tokens.") for site in run.sites)
+
+
+def test_ids_of_other_rows_than_the_samples_name_no_token() -> None:
+    loaded = load_model(EXAMPLES["t5"].build("eager"))
+    inputs = {"input_ids": torch.ones(2, 5, dtype=torch.long), "decoder_input_ids": torch.ones(8, 7, dtype=torch.long)}
+    layout = DEFAULT_LAYOUTS["decoder"](inputs, loaded, 7)
+    assert layout.kind.shape == (2, 7)
+    assert (layout.kind == KIND_CODES["unknown"]).all()

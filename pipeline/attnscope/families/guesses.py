@@ -18,7 +18,7 @@ _STREAM_WORDS = (
 )
 _CROSS_WORDS = (
     *("crossattention", "cross_attn", "cross_attention", "encoder_attn", "encoder_attention", "encdecattention"),
-    *("x_attn", "xattn", "multihead_attn"),
+    *("x_attn", "xattn", "multihead_attn", "encoder_decoder_attention"),
 )
 # Cross-attention that says at the end of its name what it looks at.
 _NAMED_KEYS = r"(encoder|cross)_(attn|attention)_(?P<keys>text|image|vision|audio)$"
@@ -59,8 +59,9 @@ def guess_placement(call: "AttentionCall", loaded: "LoadedModel") -> tuple[str, 
 
 def main_stream(loaded: "LoadedModel") -> str:
     """The stream of a model's main input: vision, text or audio."""
-    name = str(getattr(loaded.model, "main_input_name", ""))
-    if not _takes(loaded, name):
+    given = getattr(loaded.model, "main_input_name", "")
+    name = str(given[0] if isinstance(given, list | tuple) else given)
+    if name in ("", *_MAIN_STREAM) and not _takes(loaded, name):
         # transformers says input_ids of a model whose author said nothing.
         name = next((n for n in _MAIN_STREAM if _takes(loaded, n)), "")
     return _MAIN_STREAM.get(name) or _named_stream(loaded)
@@ -99,9 +100,11 @@ def _other_stream(queries: str, loaded: "LoadedModel") -> str:
 
 
 def _is_blind(loaded: "LoadedModel") -> bool:
-    """Whether a model reads text and nothing to see: what it calls patches are of bytes."""
+    """Whether a model reads text or series and nothing to see: what it calls patches are of bytes or of time."""
     names = inspect.signature(loaded.model.forward).parameters
-    return "input_ids" in names and not any(mark in name for name in names for mark in _SEEN)
+    return ("input_ids" in names or "past_values" in names) and not any(
+        mark in name for name in names for mark in _SEEN
+    )
 
 
 def _takes(loaded: "LoadedModel", name: str) -> bool:
