@@ -516,7 +516,11 @@ def test_a_softmax_that_is_written_out_is_one(mode: Any) -> None:
     assert call.probabilities is None
     torch.testing.assert_close(call.attention(), (query @ key.mT / 2.0).softmax(-1), atol=2e-6, rtol=0)
     torch.testing.assert_close(output, call.attention() @ value, atol=2e-6, rtol=0)
-    with mode(), pytest.raises(UnrecordedAttention, match="softmax and product"), recording(hidden := HiddenWrittenOut()):
+    with (
+        mode(),
+        pytest.raises(UnrecordedAttention, match="softmax and product"),
+        recording(hidden := HiddenWrittenOut()),
+    ):
         hidden(query, key, value)
 
 
