@@ -15,6 +15,7 @@ from attnscope.quantities import ExtractSpec
 from attnscope.ready import alike, cut_batch, largest_inputs, sample_count
 from attnscope.recording import recording
 from attnscope.samples import SampleError
+from attnscope.tokens import KIND_CODES
 
 EXACT = ExtractSpec(encoding="exact")
 
@@ -141,3 +142,33 @@ def test_images_whose_patches_lie_side_by_side_are_extracted_one_by_one() -> Non
         size = rows * columns
         np.testing.assert_allclose(values[sample, 0, :, :size, :size], alone(model, samples[sample])[0], atol=2e-6)
         assert np.isnan(values[sample, 0, :, size:]).all()
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_videos_stand_behind_the_images_frame_by_frame(name: str, kernel: str) -> None:
+    model = EXAMPLES[name].build(kernel)
+    (image, _), video_id = cut_batch(EXAMPLES["qwen2_vl"].inputs()), model.config.video_token_id
+    more = torch.full((1, 8), video_id)
+    both = image | {
+        "input_ids": torch.cat([image["input_ids"], more], dim=1),
+        "attention_mask": torch.cat([image["attention_mask"], torch.ones_like(more)], dim=1),
+        "mm_token_type_ids": torch.cat([image["mm_token_type_ids"], torch.full_like(more, 2)], dim=1),
+        "pixel_values_videos": torch.randn(32, 96, generator=torch.Generator().manual_seed(6)),
+        "video_grid_thw": torch.tensor([[2, 4, 4]]),
+    }
+    run = extract(model, [both], spec=EXACT)
+    stored = run.attention("vision.self").values[0]
+    with torch.no_grad(), recording(model) as recorded:
+        model(**both)
+    calls = [call for call in recorded if call.module.endswith("blocks.1.attn")]
+    own = [call.attention()[0].numpy() for call in calls]
+    # The image of 16 patches, then two frames of 16; the second block of Qwen2.5-VL has no windows.
+    assert [each.shape[-1] for each in own] == [16, 16, 16]
+    for frame, attention in enumerate(own):
+        at = slice(16 * frame, 16 * frame + 16)
+        np.testing.assert_allclose(stored[1][:, at, at], attention, atol=2e-6)
+        assert not stored[1][:, at, : at.start].any()
+    kinds = run.tokens("joint").kind.values[0]
+    assert (kinds[-8:] == KIND_CODES["image"]).all()
+    assert run.tokens("joint").row.values[0][-8:].tolist() == [0, 0, 1, 1] * 2
