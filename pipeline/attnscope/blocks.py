@@ -22,7 +22,7 @@ from attnscope.plan import THUMBNAIL_PIXELS
 from attnscope.planning import Prepared, RecordingError, run_model
 from attnscope.progress import BlockDone, Reporter
 from attnscope.quantities import ANSWERS, RESIDUALS, SCORE_GRADIENTS, ExtractSpec
-from attnscope.ready import alike, collated
+from attnscope.ready import alike, collated, sample_count
 from attnscope.recording import AttentionCall, recording
 from attnscope.regions import RegionReader
 from attnscope.residuals import ResidualTap, residual_shares
@@ -366,7 +366,7 @@ class Layouts:
 
 
 def _layout(work: Work, inputs: Inputs, stream: str, tokens: int) -> TokenLayout:
-    samples = len(next(iter(inputs.values())))
+    samples = sample_count(inputs)
     sites = work.run.plan.sites.values()
     packed = {s for site in sites if site.guessed and -1 in site.call_numbers for s in (site.queries, site.keys)}
     base = stream.partition(".")[0]

@@ -35,7 +35,7 @@ from attnscope.families.generating import generating
 from attnscope.families.labels import encoded_samples
 from attnscope.loading import LoadedModel, ModelError, load_model
 from attnscope.perturbing import Batches, extract_conditions
-from attnscope.planning import Prepared, RecordingError, prepare, run_model
+from attnscope.planning import Prepared, prepare, run_model
 from attnscope.progress import DeadlineReached, Progress, Reporter
 from attnscope.quantities import ANSWERS, ExtractSpec
 from attnscope.ready import collated, cut_batch
@@ -345,6 +345,7 @@ def _keeps_batch(loaded: LoadedModel, places: Places, inputs: Inputs) -> bool:
     try:
         with torch.no_grad(), recording(loaded.model, on_call=look, audit=False):
             run_model(loaded, collated([inputs, inputs]))
-    except RecordingError:
+    except (RuntimeError, ValueError):
+        # Other calls, or none: a model whose images lie in one row may not take two of them.
         return False
     return set(batches) <= {2}

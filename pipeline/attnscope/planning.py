@@ -1,6 +1,7 @@
 """Before the first block: what the samples are like, what the model's attention is like, and how large a run gets."""
 
 import math
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -98,9 +99,10 @@ class ProbedCall:
 
     @property
     def shape_class(self) -> tuple[object, ...]:
-        """Calls of one site share these."""
+        """Calls of one site share these. Where a role is only guessed, so is whether two stacks of layers have one."""
+        stack = re.sub(r"\d+", "", self.module) if self.placement.guessed else ""
         sizes = (self.heads, self.kv_heads, self.queries, self.keys, self.channels, self.value_channels)
-        return (self.placement.site, self.placement.guessed, self.folded, self.dtype, *sizes)
+        return (self.placement.site, stack, self.placement.guessed, self.folded, self.dtype, *sizes)
 
 
 def prepare(
@@ -173,7 +175,7 @@ def probe(loaded: LoadedModel, inputs: Inputs) -> tuple[list[ProbedCall], object
         outputs = run_model(loaded, inputs)
     if not found:
         raise ModelError(f"{loaded.name!r} ran no attention: there is nothing to extract")
-    return _merged(found), outputs
+    return _merged(found, _is_one_image(inputs)), outputs
 
 
 def _probed(call: AttentionCall, loaded: LoadedModel, inputs: Inputs) -> ProbedCall:
@@ -209,14 +211,21 @@ def fold_of(call: AttentionCall, loaded: LoadedModel, inputs: Inputs) -> Fold | 
     return None if loaded.family.fold is None else loaded.family.fold(call, inputs, loaded)
 
 
-def _merged(calls: Sequence[ProbedCall]) -> list[ProbedCall]:
+def _is_one_image(inputs: Inputs) -> bool:
+    """Whether a sample has one whole image: nothing that a module does twice is a part of the same."""
+    pixels = inputs.get("pixel_values")
+    return pixels is not None and pixels.ndim == 4 and len(pixels) == 1 and "target_sizes" not in inputs
+
+
+def _merged(calls: Sequence[ProbedCall], is_whole: bool) -> list[ProbedCall]:
     """Calls of one module with one role become one: their tokens lie side by side.
 
-    Where roles are guessed, only images come in parts; a module that reads a whole text again is another layer of it.
+    Where roles are guessed, only images come in parts, unless the sample `is_whole`; a module that reads a whole text
+    again is another layer of it.
     """
     groups: dict[tuple[object, ...], list[ProbedCall]] = {}
     for call in calls:
-        alone = call.placement.guessed and not call.folded and call.placement.queries != "vision"
+        alone = call.placement.guessed and not call.folded and (is_whole or call.placement.queries != "vision")
         groups.setdefault((call.module, call.placement, call.number if alone else -1), []).append(call)
     merged = []
     for group in groups.values():

@@ -12,6 +12,11 @@ from attnscope.samples import SampleError
 _MEASURES = ("input_ids", "inputs_embeds", "input_features", "input_values")
 # Patches of all images end to end: (patches, sizes of the images, and how `mm_token_type_ids` marks their tokens).
 _PACKED = (("pixel_values", "image_grid_thw", 1), ("pixel_values_videos", "video_grid_thw", 2))
+_PATCHES = tuple(name for name, *_ in _PACKED)
+# Sizes of images whose patches are packed, for a vision tower on its own.
+_GRIDS = ("image_grid_thw", "grid_thw")
+# Sizes of images that `pixel_values` holds, padded or with the patches of all of them side by side.
+_TOLD_SIZES = ("image_sizes", "target_sizes")
 # What says which part of an image tensor is padding.
 _IMAGE_MASKS = ("pixel_mask", "pixel_attention_mask", "visual_attention_mask", "aspect_ratio_mask", "image_sizes")
 
@@ -25,11 +30,16 @@ def cut_batch(batch: Mapping[str, torch.Tensor]) -> list[Inputs]:
         When tensors have different leading axes, and nothing tells which part belongs to which sample.
     """
     named = {name: batch[name] for name in sorted(batch, key=lambda name: name not in _MEASURES)}
+    for name, value in named.items():
+        if not isinstance(value, torch.Tensor) or value.ndim == 0:
+            raise SampleError(f"ready inputs are tensors with a leading batch axis, but {name!r} is {value!r}")
     lengths = {name: len(tensor) for name, tensor in named.items()}
     if len(set(lengths.values())) == 1:
         return [{n: t[i : i + 1] for n, t in named.items()} for i in range(next(iter(lengths.values())))]
     if lengths.get("input_ids") == 1:
         return [named]
+    if (images := _images(named)) is not None:
+        return images
     packed = {name for names in _PACKED for name in names[:2]}
     if "mm_token_type_ids" not in named or len({n for k, n in lengths.items() if k not in packed}) != 1:
         raise SampleError(
@@ -44,6 +54,26 @@ def cut_batch(batch: Mapping[str, torch.Tensor]) -> list[Inputs]:
     return plain
 
 
+def _images(batch: Inputs) -> list[Inputs] | None:
+    """The samples of a batch of packed images and nothing else: each image with its own patches; None for another."""
+    grid = next((batch[name] for name in _GRIDS if name in batch), None)
+    if grid is None or grid.ndim != 2 or any(name in batch for name in _MEASURES):
+        return None
+    ends = [0, *accumulate(grid.prod(dim=1).tolist())]
+    if any(len(tensor) not in (len(grid), ends[-1]) for tensor in batch.values()):
+        return None
+    return [
+        {n: t[i : i + 1] if len(t) == len(grid) else t[ends[i] : ends[i + 1]] for n, t in batch.items()}
+        for i in range(len(grid))
+    ]
+
+
+def sample_count(inputs: Inputs) -> int:
+    """How many samples a batch has: rows of its text or sound, or images; patches of images may be packed."""
+    name = next((name for name in (*_MEASURES, *_GRIDS) if name in inputs), next(iter(inputs)))
+    return len(inputs[name])
+
+
 def _unpacked(batch: Inputs, patches: str, grids: str, mark: int) -> Iterator[Inputs]:
     """The patches and grids of each sample, whose images are in order, by the image tokens that the sample has."""
     tokens = (batch["mm_token_type_ids"] == mark).sum(dim=1).tolist()
@@ -55,7 +85,10 @@ def _unpacked(batch: Inputs, patches: str, grids: str, mark: int) -> Iterator[In
         while images < len(sizes) and ends[images] < count * merged:
             images += 1
         if ends[images] != count * merged:
-            raise SampleError(f"the image tokens of a sample don't agree with {grids!r} of its images")
+            raise SampleError(
+                f"the image tokens of a sample don't agree with {grids!r} of its images;"
+                " give a dict of tensors for each sample"
+            )
         if images > first:
             yield {patches: batch[patches][ends[first] : ends[images]], grids: batch[grids][first:images]}
         else:
@@ -109,16 +142,26 @@ def widened(row: Inputs, rows: Sequence[Inputs]) -> Inputs:
     for name, tensor in row.items():
         longest = [max(sizes) for sizes in zip(*(r[name].shape for r in rows if name in r), strict=True)]
         pad = [n for d in range(tensor.ndim - 1, 0, -1) for n in (0, longest[d] - tensor.shape[d])]
-        padded[name] = torch.nn.functional.pad(tensor, pad) if any(pad) else tensor
+        # Patches side by side are no more and no less than the sizes of their images say.
+        exact = name in _PATCHES and any(sizes in row for sizes in ("target_sizes", "grid_thw"))
+        padded[name] = torch.nn.functional.pad(tensor, pad) if any(pad) and not exact else tensor
     return padded
 
 
+def _amount(name: str, row: Inputs) -> int:
+    """How much of an image a sample has, by its patches or by the sizes that it tells."""
+    if name not in row:
+        return 0
+    return len(row[name]) if name in _PATCHES else int(row[name].prod(dim=-1).sum())
+
+
 def largest_inputs(rows: Sequence[Inputs]) -> list[Inputs]:
-    """Samples that together have the most of everything: the longest text, widened, then the most packed patches."""
-    names = [name for name, *_ in _PACKED]
-    chosen = [int(text_lengths(rows).argmax())]
-    for name in names:
-        found = [len(row[name]) if name in row else 0 for row in rows]
+    """Samples that together have the most of everything: the longest text, widened, then the most or largest images."""
+    lengths = text_lengths(rows)
+    # Without a text, packed patches are all that one sample may have more of.
+    chosen = [int((lengths if lengths.any() else np.array([sum(map(len, x.values())) for x in rows])).argmax())]
+    for name in (*_PATCHES, *_TOLD_SIZES, *_GRIDS):
+        found = [_amount(name, row) for row in rows]
         best = int(np.argmax(found))
         if found[best] > found[chosen[0]] and best not in chosen:
             chosen.append(best)

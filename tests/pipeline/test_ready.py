@@ -5,14 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
 from attnscope.compatibility import EXAMPLES
+from attnscope.compatibility.examples import numbers, widened
 from attnscope.extraction import extract
 from attnscope.quantities import ExtractSpec
-from attnscope.ready import alike, cut_batch
+from attnscope.ready import alike, cut_batch, largest_inputs, sample_count
 from attnscope.recording import recording
 from attnscope.samples import SampleError
+from attnscope.tokens import KIND_CODES
 
 EXACT = ExtractSpec(encoding="exact")
 
@@ -90,3 +93,82 @@ def test_image_tokens_that_no_image_accounts_for_are_refused() -> None:
     inputs["mm_token_type_ids"][0, 1] = 0
     with pytest.raises(SampleError, match="image_grid_thw"):
         cut_batch(inputs)
+
+
+def test_packed_images_without_a_text_are_samples() -> None:
+    patches = torch.arange(48.0)[:, None]
+    batch = {"hidden_states": patches, "grid_thw": torch.tensor([[1, 4, 4], [1, 8, 4]])}
+    first, second = cut_batch(batch)
+    assert torch.equal(first["hidden_states"], patches[:16])
+    assert torch.equal(second["hidden_states"], patches[16:])
+    assert second["grid_thw"].tolist() == [[1, 8, 4]]
+    assert sample_count(batch) == 2
+    assert len(cut_batch(second)) == sample_count(second) == 1
+
+
+def test_packed_images_that_do_not_agree_with_their_sizes_are_an_error() -> None:
+    with pytest.raises(SampleError, match="different batch sizes"):
+        cut_batch({"hidden_states": torch.ones(15, 1), "grid_thw": torch.tensor([[1, 4, 4]])})
+
+
+@pytest.mark.parametrize("value", [2, torch.tensor(2)])
+def test_a_ready_input_without_a_batch_axis_is_named(value: object) -> None:
+    with pytest.raises(SampleError, match="'codebook_idx'"):
+        cut_batch({"input_ids": torch.ones(2, 4), "codebook_idx": value})  # type: ignore[dict-item]
+
+
+def test_the_largest_image_may_be_told_by_its_size_alone() -> None:
+    ids, pixels = torch.ones(1, 4), torch.ones(1, 3, 8, 8)
+    sizes = ([[4, 4]], [[8, 4]], [[4, 8]])
+    rows = [{"input_ids": ids, "pixel_values": pixels, "image_sizes": torch.tensor(size)} for size in sizes]
+    assert [row["image_sizes"].tolist() for row in largest_inputs(rows)] == [[[4, 4]], [[8, 4]]]
+
+
+def test_images_whose_patches_lie_side_by_side_are_extracted_one_by_one() -> None:
+    config = hf.MiniCPMV4_7VisionConfig(
+        **{"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"image_size": 32, "patch_size": 4, "insert_layer_id": 0},
+    )
+    model = widened(hf.MiniCPMV4_7VisionModel._from_config(config, attn_implementation="sdpa"))
+    grids = ([4, 4], [8, 4])
+    samples = [
+        {"pixel_values": numbers(1, 3, 4, 4 * rows * columns), "target_sizes": torch.tensor([[rows, columns]])}
+        for rows, columns in grids
+    ]
+    run = extract(model, samples, spec=EXACT, batch_size=2)
+    assert run.plan.streams["vision"] == 32
+    values = run.attention("vision.self").values
+    for sample, (rows, columns) in enumerate(grids):
+        size = rows * columns
+        np.testing.assert_allclose(values[sample, 0, :, :size, :size], alone(model, samples[sample])[0], atol=2e-6)
+        assert np.isnan(values[sample, 0, :, size:]).all()
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_videos_stand_behind_the_images_frame_by_frame(name: str, kernel: str) -> None:
+    model = EXAMPLES[name].build(kernel)
+    (image, _), video_id = cut_batch(EXAMPLES["qwen2_vl"].inputs()), model.config.video_token_id
+    more = torch.full((1, 8), video_id)
+    both = image | {
+        "input_ids": torch.cat([image["input_ids"], more], dim=1),
+        "attention_mask": torch.cat([image["attention_mask"], torch.ones_like(more)], dim=1),
+        "mm_token_type_ids": torch.cat([image["mm_token_type_ids"], torch.full_like(more, 2)], dim=1),
+        "pixel_values_videos": torch.randn(32, 96, generator=torch.Generator().manual_seed(6)),
+        "video_grid_thw": torch.tensor([[2, 4, 4]]),
+    }
+    run = extract(model, [both], spec=EXACT)
+    stored = run.attention("vision.self").values[0]
+    with torch.no_grad(), recording(model) as recorded:
+        model(**both)
+    calls = [call for call in recorded if call.module.endswith("blocks.1.attn")]
+    own = [call.attention()[0].numpy() for call in calls]
+    # The image of 16 patches, then two frames of 16; the second block of Qwen2.5-VL has no windows.
+    assert [each.shape[-1] for each in own] == [16, 16, 16]
+    for frame, attention in enumerate(own):
+        at = slice(16 * frame, 16 * frame + 16)
+        np.testing.assert_allclose(stored[1][:, at, at], attention, atol=2e-6)
+        assert not stored[1][:, at, : at.start].any()
+    kinds = run.tokens("joint").kind.values[0]
+    assert (kinds[-8:] == KIND_CODES["image"]).all()
+    assert run.tokens("joint").row.values[0][-8:].tolist() == [0, 0, 1, 1] * 2

@@ -492,6 +492,75 @@ def test_attention_of_an_unknown_kind_is_not_recorded_as_nothing() -> None:
         model(input_ids=inputs()["input_ids"])
 
 
+class WrittenOut(nn.Module):
+    """A softmax without torch's: the exponentials of scores less their log-sum-exp."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = query @ key.mT / 2.0
+        return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ value
+
+
+class HiddenWrittenOut(WrittenOut):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return super().forward(query, key, value)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_softmax_that_is_written_out_is_one(mode: Any) -> None:
+    query, key, value = random(2, 4, 5, 8), random(2, 4, 6, 8, seed=4), random(2, 4, 6, 3, seed=5)
+    with mode(), recording(WrittenOut()) as rec:
+        output = rec.model(query, key, value)
+    (call,) = rec
+    assert (rec.audit.ran, rec.audit.recorded) == (1, 1)
+    assert call.probabilities is None
+    torch.testing.assert_close(call.attention(), (query @ key.mT / 2.0).softmax(-1), atol=2e-6, rtol=0)
+    torch.testing.assert_close(output, call.attention() @ value, atol=2e-6, rtol=0)
+    with (
+        mode(),
+        pytest.raises(UnrecordedAttention, match="softmax and product"),
+        recording(hidden := HiddenWrittenOut()),
+    ):
+        hidden(query, key, value)
+
+
+@pytest.mark.parametrize("length", [8, 40])
+def test_reformer_attends_in_chunks_and_to_itself_where_nothing_else_is_left(length: int) -> None:
+    config = hf.ReformerConfig(
+        **{"hidden_size": 32, "feed_forward_size": 37, "num_attention_heads": 4, "attention_head_size": 8},
+        **{"vocab_size": 99, "max_position_embeddings": 64, "axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 16)},
+        **{"attn_layers": ["local", "lsh"], "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8},
+        **{"num_buckets": 2, "num_hashes": 1, "hash_seed": 0, "is_decoder": True},
+    )
+    model, ids = widened(hf.ReformerModel(config)), torch.arange(5, 5 + 2 * length).view(2, length) % 90
+    mask = (torch.arange(length) < torch.tensor([[length], [length - 3]])).long()
+    with torch.no_grad(), recording(model) as rec:
+        model(ids, attention_mask=mask, use_cache=False)
+    with torch.no_grad():
+        own = model(ids, attention_mask=mask, use_cache=False, output_attentions=True).attentions
+    assert rec.audit.ran == rec.audit.recorded == len(rec) == 2
+    for call, given in zip(rec, own, strict=True):
+        expected = given.transpose(1, 2).flatten(0, 1) if given.dim() == 5 else given
+        torch.testing.assert_close(call.attention(), expected, atol=2e-6, rtol=0)
+        assert call.output_error() < 1e-5
+
+
+class IdleAttention(nn.Module):
+    """Makes a softmax over heads that it has no use for, as SAM 2 does, and leaves its attention to the interface."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        torch.softmax(states.transpose(1, 2) @ states.transpose(1, 2).mT, dim=-1)
+        attend = AttentionInterface().get_interface("sdpa", None)
+        return attend(self, states, states, states, None, is_causal=False)[0]
+
+
+def test_a_softmax_that_nothing_uses_is_no_attention_where_the_interface_attends() -> None:
+    with recording(model := IdleAttention()) as rec:
+        model(random(2, 4, 5, 8))
+    assert [call.kernel for call in rec] == ["sdpa"]
+    assert (rec.audit.ran, rec.audit.plain_softmaxes) == (1, 1)
+
+
 def test_without_the_audit_nothing_is_counted() -> None:
     model = Hidden(fused=True)
     with recording(model, audit=False) as rec:

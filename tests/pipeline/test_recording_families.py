@@ -15,7 +15,8 @@ ERRORS = ("error", "stored error")
 # Attention without a product of query and key, or one that is cut into blocks: only the probabilities are known.
 PROBABILITIES_ONLY = {
     **{"convbert": 2, "longformer": 2, "big_bird": 2, "led": 2, "mobilevitv2": 9, "groupvit_vision": 2},
-    **{"deformable_detr": 4, "mask2former": 1},
+    **{"deformable_detr": 4, "mask2former": 1, "grounding_dino": 4, "gemma4": 2, "lw_detr": 2},
+    **{"rt_detr": 2, "reformer": 1},
 }
 
 

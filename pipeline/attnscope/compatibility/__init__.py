@@ -3,7 +3,14 @@
 `python -m attnscope.compatibility` measures all of them in the environment that it runs in.
 """
 
-from attnscope.compatibility import joint_models, prompted_models, text_models, vision_models
+from attnscope.compatibility import (
+    further_models,
+    joint_models,
+    prompted_models,
+    text_models,
+    unusual_models,
+    vision_models,
+)
 from attnscope.compatibility.examples import Example
 
 EXAMPLES: dict[str, Example] = {
@@ -11,4 +18,6 @@ EXAMPLES: dict[str, Example] = {
     **vision_models.EXAMPLES,
     **joint_models.EXAMPLES,
     **prompted_models.EXAMPLES,
+    **unusual_models.EXAMPLES,
+    **further_models.EXAMPLES,
 }

@@ -71,6 +71,19 @@ EXAMPLES: dict[str, Example] = {
         EAGER,
     ),
     "roformer": Example("RoFormerModel", lambda: hf.RoFormerConfig(**TEXT), text, EAGER),
+    "reformer": Example(
+        "ReformerModel",
+        lambda: hf.ReformerConfig(
+            **{"hidden_size": 32, "feed_forward_size": 37, "num_attention_heads": 4, "attention_head_size": 8},
+            **{"vocab_size": 99, "max_position_embeddings": 64},
+            **{"axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 16), "is_decoder": True},
+            **{"attn_layers": ["local", "lsh"], "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8},
+            **{"num_buckets": 2, "num_hashes": 1, "hash_seed": 0},
+        ),
+        lambda: text(40),
+        EAGER,
+        output_only=EAGER,
+    ),
     "nystromformer": Example(
         "NystromformerModel",
         lambda: hf.NystromformerConfig(**TEXT, num_landmarks=4, segment_means_seq_len=8, conv_kernel_size=3),

@@ -305,6 +305,40 @@ EXAMPLES: dict[str, Example] = {
         image,
         EAGER,
     ),
+    "sam2_vision": Example(
+        "Sam2VisionModel",
+        lambda: hf.Sam2VisionConfig(
+            backbone_config=hf.Sam2HieraDetConfig(
+                **{"image_size": [32, 32], "hidden_size": 8, "embed_dim_per_stage": [8, 16]},
+                **{"num_attention_heads_per_stage": [1, 2], "blocks_per_stage": [1, 2], "num_query_pool_stages": 1},
+                **{"window_size_per_stage": [4, 2], "global_attention_blocks": [2]},
+                window_positional_embedding_background_size=[4, 4],
+            ),
+            backbone_channel_list=[16, 8],
+            backbone_feature_sizes=[[8, 8], [4, 4]],
+            fpn_top_down_levels=[1],
+            fpn_hidden_size=32,
+            num_feature_levels=2,
+        ),
+        lambda: image(32),
+        BOTH,
+        # Over heads, made and dropped.
+        other_softmaxes=3,
+    ),
+    "rt_detr": Example(
+        "RTDetrModel",
+        lambda: hf.RTDetrConfig(
+            backbone_config=hf.RTDetrResNetConfig(
+                **{"embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]},
+                **{"layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]},
+            ),
+            **{"encoder_hidden_dim": 32, "encoder_in_channels": [16, 16, 16], "encoder_ffn_dim": 37},
+            **{"decoder_in_channels": [32, 32, 32], "decoder_ffn_dim": 37, "decoder_layers": 2, "decoder_n_points": 2},
+            **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": 32, "num_queries": 5},
+        ),
+        lambda: image(64),
+        EAGER,
+    ),
     "siglip2_vision": Example(
         "Siglip2VisionModel",
         lambda: hf.Siglip2VisionConfig(

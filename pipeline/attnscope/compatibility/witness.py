@@ -1,7 +1,7 @@
 """A model's own attention, seen by other means than the taps, and how far recorded calls are from it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def own_softmaxes(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 def first_tensor(outputs: Any) -> Tensor:
     """The first floating tensor of a model's outputs."""
-    values = outputs.values() if hasattr(outputs, "values") else [outputs]
+    values = outputs.values() if isinstance(outputs, Mapping) else [outputs]
     return next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
 
 

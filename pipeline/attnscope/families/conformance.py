@@ -13,6 +13,7 @@ from attnscope.families.weights import projections
 from attnscope.loading import LoadedModel
 from attnscope.plan import SitePlan
 from attnscope.planning import check_output, fold_of, run_model
+from attnscope.ready import sample_count
 from attnscope.recording import AttentionCall, recording
 from attnscope.tokens import KIND_CODES, TokenLayout
 
@@ -43,7 +44,7 @@ def check(family: ModelFamily, loaded: LoadedModel, inputs: Inputs) -> None:
         seen = _record(family, loaded, inputs)
         assert seen, f"{loaded.name!r} ran no attention"
         _check_layers(seen)
-        samples = len(next(iter(inputs.values())))
+        samples = sample_count(inputs)
         streams = _streams(seen)
         layouts = {
             size: _layout(family, loaded, inputs, size) for size in {s for both in streams.values() for s in both}
@@ -58,7 +59,7 @@ def check(family: ModelFamily, loaded: LoadedModel, inputs: Inputs) -> None:
 
 def _record(family: ModelFamily, loaded: LoadedModel, inputs: Inputs) -> list[_Seen]:
     seen: list[_Seen] = []
-    samples = len(next(iter(inputs.values())))
+    samples = sample_count(inputs)
 
     def look(call: AttentionCall) -> None:
         check_output(call)

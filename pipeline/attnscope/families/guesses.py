@@ -11,16 +11,20 @@ if TYPE_CHECKING:
 # Longer words are looked for anywhere in a module's name; those of three letters and less must stand alone.
 _STREAM_WORDS = (
     ("queries", ("qformer", "perceiver", "resampler", "latent")),
-    ("vision", ("vision", "visual", "visn", "image", "img", "vit", "patch", "pixel")),
+    ("vision", ("vision", "visual", "visn", "image", "img", "vit", "patch", "pixel", "vqmodel")),
     ("audio", ("audio", "speech", "wav", "sound")),
     ("text", ("text", "lang", "bert", "lm", "token")),
     ("decoder", ("decoder",)),
 )
 _CROSS_WORDS = (
     *("crossattention", "cross_attn", "cross_attention", "encoder_attn", "encoder_attention", "encdecattention"),
-    *("x_attn", "xattn", "multihead_attn"),
+    *("x_attn", "xattn", "multihead_attn", "encoder_decoder_attention"),
 )
+# Cross-attention that says at the end of its name what it looks at.
+_NAMED_KEYS = r"(encoder|cross)_(attn|attention)_(?P<keys>text|image|vision|audio)$"
 _POOL_WORDS = ("pool", "head", "probe", "query", "latent")
+_SEEN = ("pixel", "image", "visual", "video", "img", "patches")
+_CLASS_WORDS = (("vision", ("vision", "image")), ("audio", ("audio", "speech")), ("text", ("text",)))
 _MAIN_STREAM = {
     "pixel_values": "vision",
     "pixel_values_videos": "vision",
@@ -38,10 +42,13 @@ def guess_placement(call: "AttentionCall", loaded: "LoadedModel") -> tuple[str, 
     nothing is overwritten.
     """
     words = call.module.lower()
-    queries = _query_stream(words, loaded)
+    named = re.search(_NAMED_KEYS, words)
+    queries = _query_stream(words if named is None else words[: named.start()], loaded)
     keys = queries
     _, _, query_tokens, key_tokens = call.shape
-    if any(word in words for word in _CROSS_WORDS):
+    if named is not None:
+        keys = "vision" if named["keys"] == "image" else named["keys"]
+    elif any(word in words for word in _CROSS_WORDS):
         keys = _other_stream(queries, loaded)
     elif query_tokens < key_tokens and any(word in words for word in _POOL_WORDS):
         queries = "queries"
@@ -52,17 +59,27 @@ def guess_placement(call: "AttentionCall", loaded: "LoadedModel") -> tuple[str, 
 
 def main_stream(loaded: "LoadedModel") -> str:
     """The stream of a model's main input: vision, text or audio."""
-    name = str(getattr(loaded.model, "main_input_name", ""))
-    if not _takes(loaded, name):
+    given = getattr(loaded.model, "main_input_name", "")
+    name = str(given[0] if isinstance(given, list | tuple) else given)
+    if name in ("", *_MAIN_STREAM) and not _takes(loaded, name):
         # transformers says input_ids of a model whose author said nothing.
-        name = next((n for n in _MAIN_STREAM if _takes(loaded, n)), name)
-    return _MAIN_STREAM.get(name, "tokens")
+        name = next((n for n in _MAIN_STREAM if _takes(loaded, n)), "")
+    return _MAIN_STREAM.get(name) or _named_stream(loaded)
+
+
+def _named_stream(loaded: "LoadedModel") -> str:
+    """What a part of a model, whose inputs say nothing, is called after."""
+    words = type(loaded.model).__name__.lower()
+    found = (stream for stream, marks in _CLASS_WORDS if any(mark in words for mark in marks))
+    return next(found, "tokens")
 
 
 def _query_stream(words: str, loaded: "LoadedModel") -> str:
     parts = set(re.split(r"[._]", words))
     for stream, marks in _STREAM_WORDS:
-        if any(mark in parts or (len(mark) > 3 and mark in words) for mark in marks):
+        if any(mark in parts or (len(mark) > 3 and mark in words) for mark in marks) and not (
+            stream == "vision" and _is_blind(loaded)
+        ):
             return _decoder_stream(loaded) if stream == "decoder" else stream
     return main_stream(loaded)
 
@@ -80,6 +97,14 @@ def _other_stream(queries: str, loaded: "LoadedModel") -> str:
         if stream != queries and _takes(loaded, name):
             return stream
     return "encoder"
+
+
+def _is_blind(loaded: "LoadedModel") -> bool:
+    """Whether a model reads text or series and nothing to see: what it calls patches are of bytes or of time."""
+    names = inspect.signature(loaded.model.forward).parameters
+    return ("input_ids" in names or "past_values" in names) and not any(
+        mark in name for name in names for mark in _SEEN
+    )
 
 
 def _takes(loaded: "LoadedModel", name: str) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attnscope.families.encoding import start_token
+from attnscope.ready import sample_count
 from attnscope.tokens import KIND_CODES, TokenLayout, grid_layout, plain_layout, text_layout, unknown_layout
 
 if TYPE_CHECKING:
@@ -21,12 +22,12 @@ def patch_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int
     """A patch grid behind CLS and register tokens, from the size of `pixel_values` and the config's patch size."""
     pixels = inputs.get("pixel_values")
     if pixels is None:
-        return unknown_layout(len(next(iter(inputs.values()))), tokens)
+        return unknown_layout(sample_count(inputs), tokens)
     config = getattr(loaded.config, "vision_config", loaded.config)
     rows, columns = patch_grid(pixels, config)
     extra = tokens - rows * columns
-    if not 0 <= extra <= 32 or rows * columns == 0:
-        return unknown_layout(len(pixels), tokens)
+    if not 0 <= extra <= 32 or rows * columns == 0 or len(pixels) != sample_count(inputs):
+        return unknown_layout(sample_count(inputs), tokens)
     prefix = prefix_kinds(extra, getattr(config, "model_type", ""))
     return grid_layout(len(pixels), rows, columns, prefix)
 
@@ -53,8 +54,12 @@ def text_tokens(ids_name: str = "input_ids", mask_name: str = "attention_mask") 
 
     def layout(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
         ids = inputs.get(ids_name)
-        if ids is None or ids.shape[1] != tokens:
-            return unknown_layout(len(next(iter(inputs.values()))), tokens)
+        if ids is None or ids.shape[1] != tokens or len(ids) != sample_count(inputs):
+            return unknown_layout(sample_count(inputs), tokens)
+        if ids.ndim == 3:
+            # One id from each codebook.
+            kind = text_kinds(ids[..., 0], inputs.get(mask_name), loaded)
+            return text_layout([[" ".join(map(str, token)) for token in row] for row in ids.tolist()], kind)
         kind = text_kinds(ids, inputs.get(mask_name), loaded)
         return text_layout([token_strings(row, loaded) for row in ids.tolist()], kind)
 
@@ -76,7 +81,12 @@ def guessed_patches(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: 
     """A patch grid by the config, or else the only grid of a stride of 2, 4, 8, ... pixels with so many tokens."""
     layout = patch_tokens(inputs, loaded, tokens)
     pixels = inputs.get("pixel_values")
-    if pixels is None or pixels.ndim != 4 or KIND_CODES["unknown"] not in layout.kind:
+    if (
+        pixels is None
+        or pixels.ndim != 4
+        or len(pixels) != len(layout.kind)
+        or KIND_CODES["unknown"] not in layout.kind
+    ):
         return layout
     height, width = pixels.shape[-2:]
     grids = {(-(-height // 2**step), -(-width // 2**step)) for step in range(1, 7)}
@@ -112,7 +122,7 @@ def without_padding(layout: TokenLayout, places: np.ndarray, is_real: np.ndarray
 
 def frame_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
     """Frames of sound in time order; `column` counts them."""
-    kind = np.full((len(next(iter(inputs.values()))), tokens), KIND_CODES["audio"])
+    kind = np.full((sample_count(inputs), tokens), KIND_CODES["audio"])
     return plain_layout(kind, column=np.arange(tokens))
 
 
@@ -125,7 +135,7 @@ def guessed_frames(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: i
         return layout
     rules = (getattr(m, "_get_feat_extract_output_lengths", None) for m in loaded.model.modules())
     rule = next((r for r in rules if r is not None), lambda length: length)
-    longest, lengths = (np.asarray(rule(n)) for n in (mask.shape[1], mask.sum(dim=1).cpu()))
+    longest, lengths = (np.asarray(n) for n in (rule(mask.shape[1]), [rule(n) for n in mask.sum(dim=1).tolist()]))
     if longest.ndim or lengths.shape != (len(mask),) or int(longest) != tokens:
         return layout
     return without_padding(layout, np.arange(tokens), np.arange(tokens) < lengths[:, None])
@@ -146,7 +156,7 @@ def guessed_text(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int
 
 def query_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
     """Learned queries: no strings, no places."""
-    return plain_layout(np.full((len(next(iter(inputs.values()))), tokens), KIND_CODES["query"]))
+    return plain_layout(np.full((sample_count(inputs), tokens), KIND_CODES["query"]))
 
 
 def text_kinds(ids: "Tensor", mask: "Tensor | None", loaded: "LoadedModel") -> np.ndarray:

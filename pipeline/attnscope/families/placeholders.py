@@ -75,25 +75,27 @@ def tiles(shape: tuple[int, int], side: tuple[int, int], overview: str | None = 
     return ImageTokens.joined({"first": [whole, *cut], "last": [*cut, whole], None: cut}[overview])
 
 
-def joint_tokens(images: Images, kind: str = "image") -> "LayoutFunction":
-    """The layout of a stream of text with image tokens at the placeholders of `input_ids`."""
+def joint_tokens(images: Images, kind: str = "image", videos: "Images | None" = None) -> "LayoutFunction":
+    """The layout of a stream of text with image tokens, and those of videos, at the placeholders of `input_ids`."""
 
     def layout(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
         ids = inputs["input_ids"]
         kinds = text_kinds(ids, inputs.get("attention_mask"), loaded)
         text = np.array([token_strings(row, loaded) for row in ids.tolist()], dtype=object).reshape(ids.shape)
         row, column = np.full((2, *ids.shape), -1, np.int16)
-        at_image = (ids.cpu().numpy() == image_token_id(loaded)) & (kinds != KIND_CODES["padding"])
-        kinds[at_image] = KIND_CODES[kind]
-        text[at_image] = ""
-        # Where no token stands for an image, there may be none among the inputs.
-        found = images(inputs, loaded) if at_image.any() else ()
-        for sample, image in enumerate(found):
-            places = np.flatnonzero(at_image[sample])
-            if len(places) == len(image.row):
-                row[sample, places], column[sample, places] = image.row, image.column
-                text[sample, places] = image.tile
-                kinds[sample, places[image.row < 0]] = KIND_CODES["special"]
+        for read, placeholder in ((images, image_token_id(loaded)), (videos, video_token_id(loaded))):
+            at_image = (ids.cpu().numpy() == placeholder) & (kinds != KIND_CODES["padding"])
+            # Where no token stands for an image, there may be none among the inputs.
+            if read is None or not at_image.any():
+                continue
+            kinds[at_image] = KIND_CODES[kind]
+            text[at_image] = ""
+            for sample, image in enumerate(read(inputs, loaded)):
+                places = np.flatnonzero(at_image[sample])
+                if len(places) == len(image.row):
+                    row[sample, places], column[sample, places] = image.row, image.column
+                    text[sample, places] = image.tile
+                    kinds[sample, places[image.row < 0]] = KIND_CODES["special"]
         return TokenLayout(kinds, text, row, column)
 
     return layout
@@ -134,6 +136,14 @@ def tile_fold(tiles_of: Sequence[int], queries: int, keys: int) -> Fold:
 
 def image_token_id(loaded: "LoadedModel") -> int:
     """The placeholder's number in the vocabulary, by any of the names that configs have for it; -1 for none."""
-    names = ("image_token_id", "image_token_index")
+    return _token_id(loaded, ("image_token_id", "image_token_index"))
+
+
+def video_token_id(loaded: "LoadedModel") -> int:
+    """As `image_token_id`, of the placeholder for parts of a video."""
+    return _token_id(loaded, ("video_token_id", "video_token_index"))
+
+
+def _token_id(loaded: "LoadedModel", names: Sequence[str]) -> int:
     found = (getattr(loaded.config, name, None) for name in names)
     return next((int(n) for n in found if n is not None), -1)

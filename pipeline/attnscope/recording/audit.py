@@ -26,6 +26,8 @@ FUSED_PARTS = (
 )
 NOT_KERNELS = ("_fused_sdp_choice", "backward")
 SOFTMAXES = {"aten::_softmax", "aten::_safe_softmax", "aten::softmax"}
+# exp(x - logsumexp(x)), a softmax that is written out.
+WRITTEN_OUT = {"aten::logsumexp": "logsumexp", "aten::sub": "sub", "aten::exp": "exp"}
 PRODUCTS = {"aten::bmm", "aten::matmul", "aten::mm", "aten::baddbmm", "aten::einsum"}
 # Composite products, which choose by `requires_grad` of an operand whether to fold batch axes.
 FOLDING = {"aten::linear", "aten::matmul", "aten::einsum", "aten::inner", "aten::tensordot"}
@@ -37,7 +39,7 @@ FOLLOWED = {
     *("aten::bernoulli", "aten::_unsafe_view", "aten::unsafe_split", "aten::split", "aten::constant_pad_nd"),
 }
 # Kinds of operation that only hand on a mark.
-_FOLLOWING = {"both", "scores"}
+_FOLLOWING = {"both", "scores", *WRITTEN_OUT.values()}
 # What keeps scores scores on their way from a product of two activations into a softmax.
 SCORES_FOLLOWED = FOLLOWED | {"aten::add", "aten::sub", "aten::tanh", "aten::clamp", "aten::baddbmm"}
 
@@ -83,6 +85,7 @@ class Audit(TorchDispatchMode):
         super().__init__()
         self._recording = recording
         self._probabilities, self._scores = _Marks(), _Marks()
+        self._normalisers, self._normalised = _Marks(), _Marks()
         self._kinds: dict[int, str] = {}
         self._folding: set[int] = set()
         self._held: list[Any] = []
@@ -129,8 +132,19 @@ class Audit(TorchDispatchMode):
             self._softmax(first, result)
         elif kind == "product":
             self._product(func, args, result)
+        elif kind in ("logsumexp", "exp"):
+            self._written_out(kind, first, result)
         elif isinstance(result, Tensor | tuple | list):
             self._follow(kind, args, result if isinstance(result, Tensor) else result[0])
+
+    def _written_out(self, kind: str, first: Any, result: Any) -> None:
+        """The beginning and the end of exp(scores - logsumexp(scores))."""
+        if kind == "exp" and self._normalised.get(first) is not None:
+            self._softmax(first, result)
+        elif kind == "logsumexp" and self._scores.get(first) is not None:
+            self._origins += 1
+            for tensor in (first, result):
+                self._normalisers.add(tensor, self._origins)
 
     def _softmax(self, scores: Any, result: Any) -> None:
         self._origins += 1
@@ -165,6 +179,10 @@ class Audit(TorchDispatchMode):
     def _follow(self, kind: str, args: tuple[Any, ...], result: Any) -> None:
         if not isinstance(result, Tensor):
             return
+        if kind == "sub":
+            normaliser = self._normalisers.get(args[1])
+            if normaliser is not None and normaliser == self._normalisers.get(args[0]):
+                self._normalised.add(result, normaliser)
         for source in _flat(args[:3]):
             for marks in (self._probabilities, self._scores) if kind == "both" else (self._scores,):
                 origin = marks.get(source)
@@ -203,6 +221,8 @@ def _kind(func: Any) -> str:
         return "product"
     if any(part in name for part in FUSED_PARTS) and not any(part in name for part in NOT_KERNELS):
         return "fused"
+    if name in WRITTEN_OUT:
+        return WRITTEN_OUT[name]
     if base in FOLLOWED:
         return "both"
     return "scores" if base in SCORES_FOLLOWED else ""

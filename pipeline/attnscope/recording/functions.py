@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -30,7 +30,15 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-Tag = Scores | Probabilities
+@dataclass(frozen=True, eq=False)
+class Normaliser:
+    """The log-sum-exp of scores over their keys, or (`taken`) the scores after it was taken away from them."""
+
+    scores: Tensor
+    taken: bool = False
+
+
+Tag = Scores | Probabilities | Normaliser
 Rule = Callable[[Scores, Args, Kwargs, Tensor], Scores | None]
 
 
@@ -83,10 +91,12 @@ class FunctionTap(TorchFunctionMode):
 def settle(recording: Recording, frame: Frame) -> None:
     """A module is done: record the softmaxes in it that no product consumed, as far as they are attention.
 
-    They are where the module is named so, or where the audit saw a product whose operand the trail had lost.
+    They are where the audit saw a product whose operand the trail had lost, or where the module is named so and has not
+    left its attention to the interface: SAM 2 also makes a softmax that it has no use for.
     """
+    is_attention = "Attention" in type(frame.module).__name__ and not frame.attended
     for origin in tuple(frame.softmaxes):
-        if not origin.done and ("Attention" in type(frame.module).__name__ or recording.is_missed(origin.tensor)):
+        if not origin.done and (is_attention or recording.is_missed(origin.tensor)):
             record_alone(recording, origin)
 
 
@@ -188,15 +198,45 @@ def _softmax(tap: FunctionTap, func: Any, args: Args, kwargs: Kwargs) -> Any:
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
     if not isinstance(scores, Tensor) or not isinstance(result, Tensor) or not result.is_floating_point():
         return result
+    _probable(tap, scores, result, over_keys=dim in (-1, scores.dim() - 1), flipped=dim in (-2, scores.dim() - 2))
+    return result
+
+
+def _probable(tap: FunctionTap, scores: Tensor, result: Tensor, over_keys: bool, flipped: bool) -> None:
+    """Follow the softmax of scores from here on."""
     tag = tap.tags.get(scores)
-    over_keys = dim in (-1, scores.dim() - 1)
     trail = tag if isinstance(tag, Scores) and over_keys and not tag.squashed and tag.split is None else None
     frame = tap.recording.frame()
-    flipped = dim in (-2, scores.dim() - 2)
     origin = Softmax(result, trail, frame, flipped)
     if frame is not None:
         frame.softmaxes.append(origin)
     tap.tags.set(result, Probabilities(origin, flipped))
+
+
+def _log_sum_exp(tap: FunctionTap, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """logsumexp over keys: exp(scores - it) is a softmax that is written out."""
+    result = func(*args, **kwargs)
+    scores = args[0] if args else kwargs.get("input")
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    if isinstance(scores, Tensor) and dim in (-1, scores.dim() - 1):
+        tap.tags.set(result, Normaliser(scores))
+    return result
+
+
+def _subtract(tap: FunctionTap, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    normaliser = tap.tags.get(args[1]) if len(args) > 1 and not kwargs else None
+    if not isinstance(normaliser, Normaliser) or normaliser.scores is not args[0] or func is Tensor.sub_:
+        return _MINUS(tap, func, args, kwargs)
+    result = func(*args, **kwargs)
+    tap.tags.set(result, Normaliser(args[0], taken=True))
+    return result
+
+
+def _exponential(tap: FunctionTap, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    result = func(*args, **kwargs)
+    found = tap.tags.get(args[0]) if args else None
+    if isinstance(found, Normaliser) and found.taken:
+        _probable(tap, found.scores, result, over_keys=True, flipped=False)
     return result
 
 
@@ -318,7 +358,7 @@ def _rule_masked_fill(scores: Scores, others: Args, kwargs: Kwargs, result: Tens
     mask, value = kwargs.get("mask", others[0] if others else None), kwargs.get("value", others[-1] if others else None)
     if not isinstance(mask, Tensor) or not provenance.is_masking(value) or not _same_size(scores, result):
         return None
-    return provenance.keep(scores, ~mask.bool())
+    return provenance.keep(scores, ~mask.bool(), value)
 
 
 def _rule_where(scores: Scores, others: Args, kwargs: Kwargs, result: Tensor) -> Scores | None:
@@ -328,7 +368,7 @@ def _rule_where(scores: Scores, others: Args, kwargs: Kwargs, result: Tensor) ->
     condition, value = others
     if not isinstance(condition, Tensor) or not provenance.is_masking(value):
         return None
-    return provenance.keep(scores, condition.bool() if kwargs["_position"] == 1 else ~condition.bool())
+    return provenance.keep(scores, condition.bool() if kwargs["_position"] == 1 else ~condition.bool(), value)
 
 
 def _rule_tanh(scores: Scores, others: Args, kwargs: Kwargs, result: Tensor) -> Scores | None:
@@ -410,7 +450,9 @@ HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys((torch.mul, T.mul, T.mul_, torch.multiply, T.multiply, T.__rmul__), _TIMES),
     **dict.fromkeys((torch.div, T.div, T.div_, torch.true_divide, T.true_divide), _DIVIDE),
     **dict.fromkeys((torch.add, T.add, T.add_, T.__radd__), _PLUS),
-    **dict.fromkeys((torch.sub, T.sub, T.sub_), _MINUS),
+    **dict.fromkeys((torch.sub, T.sub, T.sub_), _subtract),
+    **dict.fromkeys((torch.logsumexp, T.logsumexp), _log_sum_exp),
+    **dict.fromkeys((torch.exp, T.exp), _exponential),
     **dict.fromkeys((torch.masked_fill, T.masked_fill, T.masked_fill_), _MASKED),
     **dict.fromkeys((torch.where, T.where), _follow(_rule_where, alters="values")),
     **dict.fromkeys((torch.tanh, T.tanh, T.tanh_), _follow(_rule_tanh, alters="values")),

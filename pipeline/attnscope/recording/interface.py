@@ -69,6 +69,8 @@ def _record(
     for each in recordings:
         name = each.name_of(module)
         assert name is not None
+        if each.frames and each.frames[-1].module is module:
+            each.frames[-1].attended = True
         recipe["kernel_log_sum_exp"] = each.kernel_log_sum_exp()
         each.add(
             name,

@@ -34,7 +34,8 @@ class Scores:
 
     `query` (*product_lead, query_token, channel) and `key` (*product_lead or broadcastable, key_token, channel) as they
     entered the product; `lead` is the leading shape of the tensor described. `split` is its whole shape while query and
-    key tokens are spread over several axes each (rows and columns of a grid).
+    key tokens are spread over several axes each (rows and columns of a grid). `floor` is what masked
+    entries were set to.
     """
 
     query: Tensor
@@ -48,6 +49,7 @@ class Scores:
     keeps: tuple[Term, ...] = ()
     weighted: bool = False
     split: Axes | None = None
+    floor: object = None
 
     @property
     def plain_size(self) -> Axes:
@@ -116,11 +118,22 @@ def squash(scores: Scores) -> Scores | None:
     return replace(scores, squashed=True) if untouched and not scores.squashed else None
 
 
-def keep(scores: Scores, where: Tensor) -> Scores | None:
-    """Masking: the entries where the boolean tensor is False become too small to matter."""
+def keep(scores: Scores, where: Tensor, floor: object) -> Scores | None:
+    """Masking: the entries where the boolean tensor is False become `floor`, too small to matter.
+
+    Two different floors aren't followed: a row with nothing above them attends to the higher one (Reformer).
+    """
     if scores.squashed or where.dtype != torch.bool or where.dim() > len(scores.size):
         return None
-    return replace(scores, keeps=(*scores.keeps, Term(_joined(scores, where), scores.lead)))
+    if scores.keeps and not _is_same(scores.floor, floor):
+        return None
+    return replace(scores, keeps=(*scores.keeps, Term(_joined(scores, where), scores.lead)), floor=floor)
+
+
+def _is_same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or torch.equal(one, other)
+    return one == other
 
 
 def regroup(scores: Scores, shape: torch.Size) -> Scores | None:

@@ -39,10 +39,14 @@ class AuditCount:
 
 @dataclass(eq=False)
 class Frame:
-    """A module whose forward is under way. `name` is None outside the recorded model."""
+    """A module whose forward is under way. `name` is None outside the recorded model.
+
+    `attended` once the module has asked the transformers interface for its attention.
+    """
 
     module: nn.Module
     name: str | None
+    attended: bool = False
     softmaxes: list[Softmax] = field(default_factory=list)
 
 
