@@ -14,7 +14,7 @@ from attnscope.capturing import Places, Taker
 from attnscope.claims import POLL, Claims
 from attnscope.families import Inputs
 from attnscope.families.labels import encoded_samples
-from attnscope.families.layouts import DEFAULT_LAYOUTS
+from attnscope.families.layouts import DEFAULT_LAYOUTS, sample_count
 from attnscope.families.regions import given_boxes
 from attnscope.families.scores import written_logits
 from attnscope.loading import LoadedModel
@@ -22,7 +22,7 @@ from attnscope.plan import THUMBNAIL_PIXELS
 from attnscope.planning import Prepared, RecordingError, run_model
 from attnscope.progress import BlockDone, Reporter
 from attnscope.quantities import ANSWERS, RESIDUALS, SCORE_GRADIENTS, ExtractSpec
-from attnscope.ready import alike, collated, sample_count
+from attnscope.ready import alike, collated
 from attnscope.recording import AttentionCall, recording
 from attnscope.regions import RegionReader
 from attnscope.residuals import ResidualTap, residual_shares

@@ -7,14 +7,12 @@ import numpy as np
 import torch
 
 from attnscope.families import Inputs
+from attnscope.families.layouts import GRIDS, MEASURES
 from attnscope.samples import SampleError
 
-_MEASURES = ("input_ids", "inputs_embeds", "input_features", "input_values")
 # Patches of all images end to end: (patches, sizes of the images, and how `mm_token_type_ids` marks their tokens).
 _PACKED = (("pixel_values", "image_grid_thw", 1), ("pixel_values_videos", "video_grid_thw", 2))
 _PATCHES = tuple(name for name, *_ in _PACKED)
-# Sizes of images whose patches are packed, for a vision tower on its own.
-_GRIDS = ("image_grid_thw", "grid_thw")
 # Sizes of images that `pixel_values` holds, padded or with the patches of all of them side by side.
 _TOLD_SIZES = ("image_sizes", "target_sizes")
 # What says which part of an image tensor is padding.
@@ -29,7 +27,7 @@ def cut_batch(batch: Mapping[str, torch.Tensor]) -> list[Inputs]:
     SampleError
         When tensors have different leading axes, and nothing tells which part belongs to which sample.
     """
-    named = {name: batch[name] for name in sorted(batch, key=lambda name: name not in _MEASURES)}
+    named = {name: batch[name] for name in sorted(batch, key=lambda name: name not in MEASURES)}
     for name, value in named.items():
         if not isinstance(value, torch.Tensor) or value.ndim == 0:
             raise SampleError(f"ready inputs are tensors with a leading batch axis, but {name!r} is {value!r}")
@@ -56,8 +54,8 @@ def cut_batch(batch: Mapping[str, torch.Tensor]) -> list[Inputs]:
 
 def _images(batch: Inputs) -> list[Inputs] | None:
     """The samples of a batch of packed images and nothing else: each image with its own patches; None for another."""
-    grid = next((batch[name] for name in _GRIDS if name in batch), None)
-    if grid is None or grid.ndim != 2 or any(name in batch for name in _MEASURES):
+    grid = next((batch[name] for name in GRIDS if name in batch), None)
+    if grid is None or grid.ndim != 2 or any(name in batch for name in MEASURES):
         return None
     ends = [0, *accumulate(grid.prod(dim=1).tolist())]
     if any(len(tensor) not in (len(grid), ends[-1]) for tensor in batch.values()):
@@ -66,12 +64,6 @@ def _images(batch: Inputs) -> list[Inputs] | None:
         {n: t[i : i + 1] if len(t) == len(grid) else t[ends[i] : ends[i + 1]] for n, t in batch.items()}
         for i in range(len(grid))
     ]
-
-
-def sample_count(inputs: Inputs) -> int:
-    """How many samples a batch has: rows of its text or sound, or images; patches of images may be packed."""
-    name = next((name for name in (*_MEASURES, *_GRIDS) if name in inputs), next(iter(inputs)))
-    return len(inputs[name])
 
 
 def _unpacked(batch: Inputs, patches: str, grids: str, mark: int) -> Iterator[Inputs]:
@@ -160,7 +152,7 @@ def largest_inputs(rows: Sequence[Inputs]) -> list[Inputs]:
     lengths = text_lengths(rows)
     # Without a text, packed patches are all that one sample may have more of.
     chosen = [int((lengths if lengths.any() else np.array([sum(map(len, x.values())) for x in rows])).argmax())]
-    for name in (*_PATCHES, *_TOLD_SIZES, *_GRIDS):
+    for name in (*_PATCHES, *_TOLD_SIZES, *GRIDS):
         found = [_amount(name, row) for row in rows]
         best = int(np.argmax(found))
         if found[best] > found[chosen[0]] and best not in chosen:

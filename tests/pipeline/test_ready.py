@@ -11,8 +11,9 @@ from torch import nn
 from attnscope.compatibility import EXAMPLES
 from attnscope.compatibility.examples import numbers, widened
 from attnscope.extraction import extract
+from attnscope.families.layouts import sample_count
 from attnscope.quantities import ExtractSpec
-from attnscope.ready import alike, cut_batch, largest_inputs, sample_count
+from attnscope.ready import alike, cut_batch, largest_inputs
 from attnscope.recording import recording
 from attnscope.samples import SampleError
 from attnscope.tokens import KIND_CODES

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from attnscope.families import Fold, Inputs, ModelFamily, Placement
+from attnscope.families.layouts import sample_count
 from attnscope.families.weights import projections
 from attnscope.loading import LoadedModel
 from attnscope.plan import SitePlan
 from attnscope.planning import check_output, fold_of, run_model
-from attnscope.ready import sample_count
 from attnscope.recording import AttentionCall, recording
 from attnscope.tokens import KIND_CODES, TokenLayout
 

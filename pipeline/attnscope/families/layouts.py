@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attnscope.families.encoding import start_token
-from attnscope.ready import sample_count
 from attnscope.tokens import KIND_CODES, TokenLayout, grid_layout, plain_layout, text_layout, unknown_layout
 
 if TYPE_CHECKING:
@@ -14,8 +13,17 @@ if TYPE_CHECKING:
 
     from attnscope.loading import LoadedModel
 
+MEASURES = ("input_ids", "inputs_embeds", "input_features", "input_values")
+# Sizes of images whose patches are packed, for a vision tower on its own.
+GRIDS = ("image_grid_thw", "grid_thw")
 _PLACEHOLDERS = ("image_token_id", "image_token_index")
 _SOUND_MASKS = ("attention_mask", "feature_attention_mask", "input_features_mask", "padding_mask")
+
+
+def sample_count(inputs: "dict[str, Tensor]") -> int:
+    """How many samples a batch has: rows of its text or sound, or images; patches of images may be packed."""
+    name = next((name for name in (*MEASURES, *GRIDS) if name in inputs), next(iter(inputs)))
+    return len(inputs[name])
 
 
 def patch_tokens(inputs: "dict[str, Tensor]", loaded: "LoadedModel", tokens: int) -> TokenLayout:
