@@ -22,7 +22,7 @@ from attnscope import capturing, planning, quantities, writing
 from attnscope.checking import check_run
 from attnscope.extraction import DeadlineReached, extract
 from attnscope.loading import ModelError, load_model
-from attnscope.planning import RecordingError
+from attnscope.planning import RecordingError, check_rows
 from attnscope.recording import AttentionCall
 from attnscope.run import Run, RunError, open_run
 from attnscope.samples import Sample, SampleError
@@ -563,3 +563,17 @@ def test_weights_that_a_checkpoint_lacks_are_the_same_each_time(tmp_path: Path, 
     assert "pooler.dense.weight" in first.model.state_dict()
     assert first.digest() == second.digest()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("row", [0, 2, 5])
+@pytest.mark.parametrize("tensor", ["query", "key"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_attention_of_a_single_number_that_is_not_finite_is_refused(tensor: str, row: int, value: float) -> None:
+    drawn = torch.randn(3, 2, 3, 6, 4, generator=torch.Generator().manual_seed(0)).abs()
+    query, key, values = drawn
+    call = AttentionCall("attention", 0, 0, "sdpa", "interface", query, key, values, None)
+    check_rows(call.attention(), call)
+    {"query": query, "key": key}[tensor][1, 2, row, 3] = value
+    broken = AttentionCall("attention", 0, 0, "sdpa", "interface", query, key, values, None)
+    with pytest.raises(RecordingError, match="not finite"):
+        check_rows(broken.attention(), broken)
