@@ -399,7 +399,7 @@ def _thumbnails(work: Work, block: range, rows: Sequence[int], inputs: Inputs) -
 
 
 def _draw_from(seed: int, loaded: LoadedModel) -> None:
-    """Seed what a forward draws from; `torch.manual_seed` takes a hundred times as long, for devices that aren't there."""
+    """Seed what a forward draws from; `torch.manual_seed` does so for absent devices too, a hundred times as slowly."""
     if loaded.device.type == "cpu":
         torch.default_generator.manual_seed(seed)
     else:
