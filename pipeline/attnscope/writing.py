@@ -24,6 +24,7 @@ from attnscope.whole_shards import OpenShard
 _TILE_BYTES = {"cpu": 2**24, "cuda": 2**29}
 # What may wait to be written; and what is gathered before the model makes room for the writers.
 _QUEUE_BYTES = 2**26
+_QUEUE_JOBS = 64
 _TURN_BYTES = 2**25
 
 Place: TypeAlias = int | tuple[int, int]
@@ -79,9 +80,8 @@ def head_tiles(call: AttentionCall, arrays: int = 1) -> list[slice]:
 class BlockWriter:
     """Threads that write what is put into a bounded queue, block by block.
 
-    Jobs of a block may run side by side; its last one runs after all of them, while the model is at the next block
-    already. A failure comes out of the next `put` or `flush`, a full disk as one sentence; a block that failed never
-    sees its last job.
+    Jobs of a block may run side by side; its last one runs after all of them. A failure comes out of the next `put` or
+    `flush`, a full disk as one sentence; a block that failed never sees its last job.
 
     Beside a model on a GPU, jobs run as they come. Where the model itself has all cores busy (`takes_turns`), some
     32 MiB are gathered, and the model waits until all threads have done them: one thread beside it would make the
@@ -110,10 +110,13 @@ class BlockWriter:
         self._raise_failure()
         self._gathered.append((partial(self._run, job, after, size), size))
         self._gathered_bytes += size
-        if not self._takes_turns:
-            self.start()
-        elif self._gathered_bytes >= _TURN_BYTES:
-            self.start()
+        if not self._takes_turns or self._gathered_bytes >= _TURN_BYTES:
+            self.end_turn()
+
+    def end_turn(self) -> None:
+        """Begin with what was gathered; where the model takes turns with the writers, it waits until all is done."""
+        self.start()
+        if self._takes_turns:
             self._wait()
 
     def start(self) -> None:
@@ -143,7 +146,8 @@ class BlockWriter:
             self._changed.wait_for(lambda: not self._jobs_waiting)
 
     def _has_room(self, size: int) -> bool:
-        return not self._bytes_waiting or self._bytes_waiting + size <= _QUEUE_BYTES
+        fits = not self._bytes_waiting or self._bytes_waiting + size <= _QUEUE_BYTES
+        return fits and self._jobs_waiting < _QUEUE_JOBS
 
     def _run(self, job: Callable[[], None], after: Callable[[bool], None], size: int) -> None:
         failed = False
@@ -188,7 +192,8 @@ class BlockJobs:
         """Say that no job follows but the last one, which runs when all others have succeeded."""
         self._last = last
         self._writer.put(lambda: None, self._done)
-        self._writer.start()
+        # However small blocks are, no more of them are under way than a kill or a full disk may cost.
+        self._writer.end_turn()
 
     def _run(self, job: Callable[[], None]) -> None:
         if not self._wanted():

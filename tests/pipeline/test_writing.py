@@ -141,3 +141,38 @@ def test_what_others_deleted_of_a_block_that_is_theirs_now_is_no_failure() -> No
     with pytest.raises(FileNotFoundError):
         writer.flush()
     writer.close()
+
+
+def test_small_blocks_do_not_pile_up(writer: BlockWriter) -> None:
+    """What is not finished is lost when the process is killed, or the disk is full."""
+    gate, closed = threading.Event(), []
+
+    def extract() -> None:
+        for number in range(100):
+            block = writer.block()
+            block.put(gate.wait, 0)
+            block.close(lambda number=number: closed.append(number))
+            begun.append(number)
+
+    begun: list[int] = []
+    thread = threading.Thread(target=extract)
+    thread.start()
+    time.sleep(0.2)
+    waiting = len(begun)
+    gate.set()
+    thread.join()
+    writer.flush()
+    writer.close()
+    # 64 jobs wait, two of each block, and a thread may have been at a second one before it came to the gate.
+    assert waiting <= 32 + 4
+    assert sorted(closed) == list(range(100))
+
+
+def test_a_block_is_finished_before_a_model_that_takes_turns_goes_on() -> None:
+    writer, done = BlockWriter(2, takes_turns=True), []
+    for number in range(3):
+        block = writer.block()
+        block.put(slow([], "", 0.05), 0)
+        block.close(lambda number=number: done.append(number))
+        assert done == list(range(number + 1))
+    writer.close()
