@@ -110,14 +110,20 @@ class BlockWriter:
         self._raise_failure()
         self._gathered.append((partial(self._run, job, after, size), size))
         self._gathered_bytes += size
-        if not self._takes_turns or self._gathered_bytes >= _TURN_BYTES:
-            self.end_turn()
+        if not self._takes_turns:
+            self.start()
+        elif self._gathered_bytes >= _TURN_BYTES:
+            self.start()
+            self._wait()
 
-    def end_turn(self) -> None:
-        """Begin with what was gathered; where the model takes turns with the writers, it waits until all is done."""
-        self.start()
+    def end_block(self) -> None:
+        """Begin with the last jobs of a block; a model that takes turns has waited for those of the block before.
+
+        However small blocks are, no more of them are under way than a kill or a full disk may cost.
+        """
         if self._takes_turns:
             self._wait()
+        self.start()
 
     def start(self) -> None:
         """Begin with what was gathered."""
@@ -192,8 +198,7 @@ class BlockJobs:
         """Say that no job follows but the last one, which runs when all others have succeeded."""
         self._last = last
         self._writer.put(lambda: None, self._done)
-        # However small blocks are, no more of them are under way than a kill or a full disk may cost.
-        self._writer.end_turn()
+        self._writer.end_block()
 
     def _run(self, job: Callable[[], None]) -> None:
         if not self._wanted():

@@ -168,11 +168,11 @@ def test_small_blocks_do_not_pile_up(writer: BlockWriter) -> None:
     assert sorted(closed) == list(range(100))
 
 
-def test_a_block_is_finished_before_a_model_that_takes_turns_goes_on() -> None:
+def test_a_model_that_takes_turns_is_at_most_one_block_ahead() -> None:
     writer, done = BlockWriter(2, takes_turns=True), []
     for number in range(3):
         block = writer.block()
         block.put(slow([], "", 0.05), 0)
         block.close(lambda number=number: done.append(number))
-        assert done == list(range(number + 1))
+        assert done[:number] == list(range(number))
     writer.close()
