@@ -124,6 +124,8 @@ def _is_masked(name: str, row: Inputs) -> bool:
 
 def collated(rows: Sequence[Inputs]) -> Inputs:
     """One batch from samples; shorter ones are padded at the end with zeros, as their mask then says."""
+    if len(rows) == 1:
+        return dict(rows[0])
     padded = [widened(row, rows) for row in rows]
     return {name: torch.cat([row[name] for row in padded]) for name in rows[0]}
 

@@ -203,13 +203,20 @@ class AttentionCall:
         if self.value is None or self.output is None:
             raise ValueError(f"{self!r} has no output to compare with")
         rows = _selection(rows)
+        valid = self.row_valid().expand(*self.shape[:3])
+        # All rows of a long text at once would take more room than the model itself.
+        blocks = self._row_blocks() if rows is ALL else [rows]
+        # As a tensor, of which the largest is NaN where one is.
+        return float(torch.tensor([self._output_error(block, valid[:, :, block]) for block in blocks]).max())
+
+    def _output_error(self, rows: Index, valid: Tensor) -> float:
+        assert self.value is not None and self.output is not None
         attention = self.attention(rows)
         with quietly(), _full_precision(attention):
             groups = attention.shape[1] // self.value.shape[1]
             value = self.value.float().repeat_interleave(groups, dim=1)
             difference = (attention @ value).transpose(1, 2) - self.output[:, rows].float()
-            valid = self.row_valid().expand(*self.shape[:3])[:, :, rows].transpose(1, 2)
-            difference = difference.abs().amax(dim=-1)[valid.expand(difference.shape[:-1])]
+            difference = difference.abs().amax(dim=-1)[valid.transpose(1, 2).expand(difference.shape[:-1])]
             return float(difference.max()) if difference.numel() else 0.0
 
     # -- pieces of the recipe ------------------------------------------------------------------------------------------
