@@ -64,10 +64,21 @@ class Wrapped(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear:
+        if func in (F.linear, Tensor.add):
             with torch._C.DisableTorchFunctionSubclass():
                 return attend(args[0])
         return super().__torch_function__(func, types, args, kwargs)
+
+
+class Adding(nn.Module):
+    """Adds a weight whose sums are code of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8).as_subclass(Wrapped))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens + self.weight
 
 
 def with_forward() -> nn.Module:
@@ -100,9 +111,12 @@ def test_the_audit_meets_no_operation_inside_of_torch_s_own_layers(learned: list
     assert len(rec) == rec.audit.recorded == rec.audit.ran == 2
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in learned
     assert not {"aten::addmm", "aten::native_layer_norm", "aten::gelu", "aten::convolution"} & set(learned)
+    assert not {"aten::view", "aten::transpose", "aten::add"} & set(learned)
 
 
-@pytest.mark.parametrize("make", [lambda: Attending(8, 8), with_forward, with_hook, with_hook_before, with_weight])
+@pytest.mark.parametrize(
+    "make", [lambda: Attending(8, 8), with_forward, with_hook, with_hook_before, with_weight, Adding]
+)
 def test_attention_in_a_layer_that_is_not_quite_torch_s_own_is_an_error(make: Callable[[], nn.Module]) -> None:
     missed = pytest.raises(UnrecordedAttention, match="scaled_dot_product")
     with missed, torch.no_grad(), recording(Around(make())) as rec:
@@ -152,6 +166,30 @@ def test_probabilities_are_followed_through_layers(learned: list[str]) -> None:
     assert rec.audit.recorded == rec.audit.ran == 1
 
 
+class LooseAttention(nn.Module):
+    """Attention whose parts no tap is asked for, by operations under names that torch has for itself."""
+
+    def __init__(self, mapped: bool) -> None:
+        super().__init__()
+        self.mapped = mapped
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        scores = torch.ops.aten.bmm(tokens, tokens.transpose(1, 2))
+        doubled = (scores * 2).view(scores.shape)
+        attention = torch.ops.aten._softmax(doubled, -1, False)
+        attention = attention.view(attention.shape) * 0.5
+        if self.mapped:
+            attention = torch.vmap(lambda row: row * 2)(attention)
+        return torch.ops.aten.bmm(attention, tokens)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_sums_and_views_of_what_the_audit_follows_are_looked_at(mapped: bool) -> None:
+    missed = pytest.raises(UnrecordedAttention, match="softmax and product")
+    with missed, torch.no_grad(), recording(LooseAttention(mapped)) as rec:
+        rec.model(torch.randn(2, 5, 8))
+
+
 def test_a_layer_over_probabilities_is_looked_into(learned: list[str]) -> None:
     model = TalkingHeads(mixes=True).eval()
     with torch.no_grad(), recording(model, audit=True) as rec:
@@ -162,20 +200,22 @@ def test_a_layer_over_probabilities_is_looked_into(learned: list[str]) -> None:
 
 class CountsFunctions(TorchFunctionMode):
     def __init__(self) -> None:
-        self.linear = 0
+        self.linear = self.sums = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.linear += func is F.linear
+        self.sums += func is Tensor.add
         return func(*args, **(kwargs or {}))
 
 
 class CountsOperations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.linear = 0
+        self.linear = self.sums = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.linear += func is torch.ops.aten.addmm.default
+        self.sums += func is torch.ops.aten.add.Tensor
         return func(*args, **(kwargs or {}))
 
 
@@ -194,6 +234,7 @@ def test_a_mode_of_somebody_else_sees_every_operation(make: Callable[[], Any], i
             with counts, recording(model):
                 model(pixels)
     assert counts.linear == alone.linear == 12
+    assert counts.sums == alone.sums == 5
 
 
 def test_two_recordings_at_once_look_at_the_same_forward() -> None:

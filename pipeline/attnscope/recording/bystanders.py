@@ -1,8 +1,8 @@
-"""Modules that cannot attend: torch's own linear layers, norms and activations, inside which nobody has to look.
+"""What cannot attend: torch's own linear layers, norms and activations, views and sums; nobody has to look inside.
 
-Looking costs Python at every operation, and most operations of a transformer are inside of these modules. What is left
-out there is what would have been seen and passed over: an operation on an input that no tap follows and no mark of the
-audit is on, by code that is torch's own.
+Looking costs Python at every operation, and most operations of a transformer are among these. What is left out there
+is what would have been seen and passed over: an operation on an input that no tap follows and no mark of the audit is
+on, by code that is torch's own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ _TYPES = frozenset({
     *(nn.Dropout, nn.GELU, nn.SiLU, nn.ReLU, nn.Sigmoid, nn.Tanh, Conv1D, activations.GELUActivation),
     *(activations.NewGELUActivation, activations.QuickGELUActivation, activations.FastGELUActivation),
 })  # fmt: skip
+_T = torch.Tensor
+# Of the audit's kinds none, or one that hands on a mark which an operand has.
+_FUNCTIONS = frozenset({
+    *(_T.view, _T.reshape, torch.reshape, _T.flatten, torch.flatten, _T.transpose, torch.transpose, _T.permute),
+    *(_T.contiguous, _T.unsqueeze, _T.squeeze, _T.expand, _T.neg, _T.__neg__, _T.pow, _T.__pow__, _T.mean, torch.rsqrt),
+    *(_T.add, _T.__add__, _T.__radd__, torch.add, _T.mul, _T.__mul__, _T.__rmul__, torch.mul),
+})  # fmt: skip
 
 
 def stands_by(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recording: Recording) -> bool:
@@ -36,6 +43,19 @@ def stands_by(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     if not _no_other_modes(1, audits):
         return False
     return not any(follows(args[0]) for follows in recording.followers)
+
+
+def hands_on(func: Any, args: tuple[Any, ...], recording: Recording) -> bool:
+    """Whether the audit of this recording, and no other mode of dispatch, would pass over all that a function does."""
+    if func not in _FUNCTIONS or recording.audit.ran is None or torch._C._len_torch_dispatch_stack() != 1:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        # Tensors that `vmap` has wrapped, as where masks are made: whether those in them are followed can't be asked.
+        return False
+    tensors = [each for each in args if isinstance(each, Tensor)]
+    if any(type(each) is not Tensor and type(each) is not nn.Parameter for each in tensors):
+        return False
+    return not any(follows(each) for follows in recording.followers for each in tensors)
 
 
 def _no_other_modes(taps: int, audits: int) -> bool:

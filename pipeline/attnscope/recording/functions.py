@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from attnscope.recording import provenance
+from attnscope.recording.bystanders import hands_on
 from attnscope.recording.calls import quietly
 from attnscope.recording.equations import Equation, Mixing, arranged, mixing, parse, query_and_key
 from attnscope.recording.finishing import Probabilities, finish, kernel_of, record, record_alone
@@ -83,6 +84,9 @@ class FunctionTap(TorchFunctionMode):
         kwargs = kwargs or {}
         # Where nothing is followed yet, all but a beginning would be passed over.
         handler = (HANDLERS if self.tags else BEGINNINGS).get(func)
+        if handler is None and not kwargs and hands_on(func, args, self.recording):
+            with torch._C._DisableTorchDispatch():
+                return func(*args)
         if handler is None or self.recording.is_inside or not observing():
             return func(*args, **kwargs)
         return handler(self, func, args, kwargs)
