@@ -190,6 +190,25 @@ def test_sums_and_views_of_what_the_audit_follows_are_looked_at(mapped: bool) ->
         rec.model(torch.randn(2, 5, 8))
 
 
+class MappedLayer(nn.Module):
+    """Attention with a layer over its probabilities that runs under `vmap`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between = nn.Dropout(0.1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        scores = torch.ops.aten.bmm(tokens, tokens.transpose(1, 2))
+        attention = torch.ops.aten._softmax(scores, -1, False)
+        return torch.ops.aten.bmm(torch.vmap(self.between)(attention), tokens)
+
+
+def test_a_layer_under_vmap_is_looked_into() -> None:
+    missed = pytest.raises(UnrecordedAttention, match="softmax and product")
+    with missed, torch.no_grad(), recording(MappedLayer().eval()) as rec:
+        rec.model(torch.randn(2, 5, 8))
+
+
 def test_a_layer_over_probabilities_is_looked_into(learned: list[str]) -> None:
     model = TalkingHeads(mixes=True).eval()
     with torch.no_grad(), recording(model, audit=True) as rec:

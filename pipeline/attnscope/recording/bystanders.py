@@ -40,22 +40,29 @@ def stands_by(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     if type(module) not in _TYPES or len(args) != 1 or kwargs or type(args[0]) is not Tensor or not _is_plain(module):
         return False
     audits = 0 if recording.audit.ran is None else 1
-    if not _no_other_modes(1, audits):
+    if not _no_other_modes(1, audits) or _transforms():
         return False
     return not any(follows(args[0]) for follows in recording.followers)
 
 
 def hands_on(func: Any, args: tuple[Any, ...], recording: Recording) -> bool:
     """Whether the audit of this recording, and no other mode of dispatch, would pass over all that a function does."""
-    if func not in _FUNCTIONS or recording.audit.ran is None or torch._C._len_torch_dispatch_stack() != 1:
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        # Tensors that `vmap` has wrapped, as where masks are made: whether those in them are followed can't be asked.
+    if (
+        func not in _FUNCTIONS
+        or recording.audit.ran is None
+        or torch._C._len_torch_dispatch_stack() != 1
+        or _transforms()
+    ):
         return False
     tensors = [each for each in args if isinstance(each, Tensor)]
     if any(type(each) is not Tensor and type(each) is not nn.Parameter for each in tensors):
         return False
     return not any(follows(each) for follows in recording.followers for each in tensors)
+
+
+def _transforms() -> bool:
+    """Whether tensors may be such as `vmap` has wrapped, of which nobody can ask whether the one inside is followed."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _no_other_modes(taps: int, audits: int) -> bool:
