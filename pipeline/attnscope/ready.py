@@ -123,9 +123,7 @@ def _is_masked(name: str, row: Inputs) -> bool:
 
 
 def collated(rows: Sequence[Inputs]) -> Inputs:
-    """One batch from samples; shorter ones are padded at the end with zeros, as their mask then says."""
-    if len(rows) == 1:
-        return dict(rows[0])
+    """One batch from samples, copied; shorter ones are padded at the end with zeros, as their mask then says."""
     padded = [widened(row, rows) for row in rows]
     return {name: torch.cat([row[name] for row in padded]) for name in rows[0]}
 
@@ -159,4 +157,5 @@ def largest_inputs(rows: Sequence[Inputs]) -> list[Inputs]:
         best = int(np.argmax(found))
         if found[best] > found[chosen[0]] and best not in chosen:
             chosen.append(best)
-    return [widened(rows[i], rows) for i in chosen]
+    # Copies, as a model may change its inputs in place.
+    return [{n: t.clone() for n, t in widened(rows[i], rows).items()} for i in chosen]

@@ -105,7 +105,7 @@ class BlockWriter:
     def put(self, job: Callable[[], None], after: Callable[[bool], None], size: int = 0) -> None:
         """Run a job that holds so many bytes later, and then `after` with whether it succeeded.
 
-        Waits while too many bytes are in the queue.
+        Waits while the queue is full, of bytes or of jobs.
         """
         self._raise_failure()
         self._gathered.append((partial(self._run, job, after, size), size))

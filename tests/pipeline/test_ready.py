@@ -96,6 +96,32 @@ def test_image_tokens_that_no_image_accounts_for_are_refused() -> None:
         cut_batch(inputs)
 
 
+class Doubling(nn.Module):
+    """A vision model that changes its pixels in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = hf.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                              image_size=16, patch_size=8, initializer_range=0.3)  # fmt: skip
+        self.vit = hf.ViTModel(config, add_pooling_layer=False)
+
+    def forward(self, pixel_values: torch.Tensor) -> Any:
+        return self.vit(pixel_values.mul_(2))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_model_that_changes_its_inputs_in_place_leaves_the_samples_as_they_are(size: int) -> None:
+    model, pixels = Doubling().eval(), torch.randn(3, 3, 16, 16)
+    before = pixels.clone()
+    run = extract(model, [{"pixel_values": pixels}], spec=ExtractSpec(encoding="exact"), batch_size=size)
+    assert torch.equal(pixels, before)
+    with torch.no_grad(), recording(model) as rec:
+        model(pixels)
+    (site,) = run.sites
+    np.testing.assert_allclose(run.attention(site).values[:, 0], rec[0].attention(), atol=2e-6)
+
+
 def test_packed_images_without_a_text_are_samples() -> None:
     patches = torch.arange(48.0)[:, None]
     batch = {"hidden_states": patches, "grid_thw": torch.tensor([[1, 4, 4], [1, 8, 4]])}

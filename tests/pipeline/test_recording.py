@@ -737,3 +737,14 @@ def test_rows_that_the_positions_leave_a_key_are_those_with_a_finite_score(
     finite = torch.isfinite(call.scores()).any(-1)
     assert torch.equal(call.row_valid().expand(1, 2, queries), finite)
     assert torch.equal(call.attention().sum(-1) > 0, finite)
+
+
+@pytest.mark.parametrize("row", [0, 2000, 2047])
+@pytest.mark.parametrize(("causal", "wrong"), [(False, 0.5), (True, float("nan"))])
+def test_a_wrong_output_is_found_in_any_row_of_a_long_text(row: int, causal: bool, wrong: float) -> None:
+    query, key, value = torch.randn(3, 1, 3, 2048, 4, generator=torch.Generator().manual_seed(0))
+    output = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2).clone()
+    call = AttentionCall("attention", 0, 0, "sdpa", "interface", query, key, value, output, causal=causal, scale=0.5)
+    assert call.output_error() < 2e-6
+    output[0, row, 1, 2] += wrong
+    assert call.output_error() == pytest.approx(wrong, abs=2e-6, nan_ok=True)

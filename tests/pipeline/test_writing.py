@@ -64,26 +64,30 @@ def test_a_block_with_a_failure_is_never_closed_and_the_failure_comes_out_once(w
     assert done == ["later"]
 
 
-def test_putting_waits_while_the_queue_is_full(writer: BlockWriter) -> None:
-    gate = threading.Event()
-    block = writer.block()
-    put: list[int] = []
+def begun_until_it_waits(writer: BlockWriter, begin: Callable[[Callable[[], object], int], None], times: int) -> int:
+    """How often a thread got through before it waited for a job that waits for a gate; it goes on to the end then."""
+    gate, begun = threading.Event(), []
 
-    def fill() -> None:
-        for number in range(40):
-            block.put(gate.wait, 2**23)
-            put.append(number)
+    def work() -> None:
+        for number in range(times):
+            begin(gate.wait, number)
+            begun.append(number)
 
-    thread = threading.Thread(target=fill)
+    thread = threading.Thread(target=work)
     thread.start()
     time.sleep(0.2)
-    waiting = len(put)
+    waiting = len(begun)
     gate.set()
     thread.join()
     writer.flush()
     writer.close()
-    assert waiting <= 8
-    assert len(put) == 40
+    assert len(begun) == times
+    return waiting
+
+
+def test_putting_waits_while_the_queue_is_full(writer: BlockWriter) -> None:
+    block = writer.block()
+    assert begun_until_it_waits(writer, lambda wait, _: block.put(wait, 2**23), 40) <= 8
 
 
 def test_jobs_run_side_by_side_while_the_model_waits() -> None:
@@ -145,26 +149,15 @@ def test_what_others_deleted_of_a_block_that_is_theirs_now_is_no_failure() -> No
 
 def test_small_blocks_do_not_pile_up(writer: BlockWriter) -> None:
     """What is not finished is lost when the process is killed, or the disk is full."""
-    gate, closed = threading.Event(), []
+    closed: list[int] = []
 
-    def extract() -> None:
-        for number in range(100):
-            block = writer.block()
-            block.put(gate.wait, 0)
-            block.close(lambda number=number: closed.append(number))
-            begun.append(number)
+    def begin(wait: Callable[[], object], number: int) -> None:
+        block = writer.block()
+        block.put(wait, 0)
+        block.close(lambda: closed.append(number))
 
-    begun: list[int] = []
-    thread = threading.Thread(target=extract)
-    thread.start()
-    time.sleep(0.2)
-    waiting = len(begun)
-    gate.set()
-    thread.join()
-    writer.flush()
-    writer.close()
     # 64 jobs wait, two of each block, and a thread may have been at a second one before it came to the gate.
-    assert waiting <= 32 + 4
+    assert begun_until_it_waits(writer, begin, 100) <= 32 + 4
     assert sorted(closed) == list(range(100))
 
 
