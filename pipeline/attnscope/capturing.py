@@ -25,11 +25,11 @@ from attnscope.ragged import without_padding
 from attnscope.recipes import RuleReader, proved_rows, recipe_of
 from attnscope.recording import AttentionCall
 from attnscope.recording.bystanders import modes_aside
-from attnscope.recording.calls import unseen
+from attnscope.recording.calls import ALL, unseen
 from attnscope.run import Run
 from attnscope.summaries import Kinds, Summaries, TokenKinds
 from attnscope.tokens import KIND_CODES
-from attnscope.writing import BlockBuffer, Place, encoded, gathered, head_tiles, on_host
+from attnscope.writing import BlockBuffer, Place, cached_tiles, encoded, gathered, head_tiles, on_host
 
 _LOG_SUM_EXP_TOLERANCE = 1e-3
 
@@ -328,12 +328,14 @@ def _by_head_tiles(
     full: dict[str, torch.Tensor] = {}
     sums: dict[str, torch.Tensor] = {}
     slopes = wanted & SCORE_GRADIENTS - RESIDUALS
-    if not slopes and not wanted & (SUMMARIES | {"attention", "attention_mean"}):
-        return {}
+    reduced = wanted & (SUMMARIES | {"attention_mean"})
+    if not slopes and not reduced:
+        return {"attention": on_host(_stored_attention(call, encoding))} if "attention" in wanted else {}
+    # What is told beside the attention as it is stored is that of the same weights.
+    exactness = "exact" if slopes or "attention_mean" in wanted or "attention" not in wanted else encoding
     # With a gradient, attention, gradient, their product and its positive part are there at once.
     for heads in head_tiles(call, 4 if slopes else 1):
-        attention = call.attention(heads=heads)
-        check_rows(attention, call)
+        attention = _attention(call, heads, exactness)
         if "attention" in wanted:
             stored = encoded(attention, encoding)
             full["attention"] = gathered(full.get("attention"), stored, heads, call.shape[1])
@@ -358,6 +360,31 @@ def _by_head_tiles(
     found = {name: on_host(tensor) for name, tensor in full.items()}
     found |= {name: (total / call.shape[1]).cpu().numpy() for name, total in sums.items()}
     return found if beside is None else found | beside.arrays()
+
+
+def _stored_attention(call: AttentionCall, encoding: str) -> torch.Tensor:
+    """The attention of a call as it is stored, (batch, head, query_token, key_token), of which nothing else is made."""
+    tiles = cached_tiles(call)
+    if len(tiles) == 1:
+        return encoded(_attention(call, ALL, encoding), encoding)
+    whole: torch.Tensor | None = None
+    for samples, heads in tiles:
+        tile = _attention(call.of_samples(samples), heads, encoding)
+        if whole is None:
+            whole = encoded(tile[:0], encoding).new_empty(call.shape)
+        # Cast where it lies in the end.
+        whole[samples, heads] = tile if encoding == "float16" else encoded(tile, encoding)
+    assert whole is not None
+    return whole
+
+
+def _attention(call: AttentionCall, heads: slice, encoding: str) -> torch.Tensor:
+    """Attention of some heads, as exact as it has to be for an encoding."""
+    found = None if encoding == "exact" else call.attention_by_kernel(heads)
+    if found is None:
+        found = call.attention(heads=heads)
+        check_rows(found, call)
+    return found
 
 
 def scatter(target: np.ndarray, name: str, part: np.ndarray, fold: Fold) -> None:

@@ -39,7 +39,7 @@ from attnscope.planning import Prepared, prepare, run_model
 from attnscope.progress import DeadlineReached, Progress, Reporter
 from attnscope.quantities import ANSWERS, ExtractSpec
 from attnscope.ready import collated, cut_batch
-from attnscope.recording import AttentionCall, recording
+from attnscope.recording import AttentionCall, recording, taps_kept
 from attnscope.regions import RegionReader
 from attnscope.run import LEFT_OUT, Run
 from attnscope.samples import Sample, SampleError, read_samples, unique_ids
@@ -209,7 +209,7 @@ class Extraction:
 
     def _extract(self, missing: list[range], claims: Claims) -> Iterator[range]:
         report = self.report
-        with evaluation(self.loaded.model), full_disk_told():
+        with evaluation(self.loaded.model), taps_kept(self.loaded.model), full_disk_told():
             places = Places.of(self.run, self.spec)
             if missing and self.fitting is None:
                 self.fitting = _batch_size(self, places)

@@ -8,14 +8,19 @@ layer, so that no chunk has to be read, merged or looked up. The objects are tho
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
 import zarr
 
-from attnscope.chunks import NO_CHUNK, Layout, checksum, layout_of
+from attnscope.chunks import NO_CHUNK, Layout, Place, checksum, layout_of
 from attnscope.stores import UnfinishedObject, write
+
+# What is filled up to whole chunks by one copy. With a copy for each chunk, threads that encode wait for each other at
+# every one: what copies lets go of the interpreter's lock, and has to get it back (measured: a tenth of the time).
+_FILLED_AT_ONCE = 2**22
 
 
 def write_shard(array: zarr.Array, first: Sequence[int], values: np.ndarray) -> bool:
@@ -137,17 +142,36 @@ class _Index:
         return [content, checksum(content)]
 
 
-def _cut(values: np.ndarray, chunk: Sequence[int], fill: object) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """Chunks by their place, those at the end filled up; each is good until the next is asked for."""
-    filled = np.empty((), values.dtype)
-    shape: tuple[int, ...] | None = None
-    for place in product(*(range(-(-n // c)) for n, c in zip(values.shape, chunk, strict=True))):
-        part = values[tuple(slice(p * c, (p + 1) * c) for p, c in zip(place, chunk, strict=True))]
-        if part.shape == tuple(chunk):
-            yield place, part
-            continue
-        if part.shape != shape:
-            # Once for all chunks of this shape: `np.pad` takes as long as compression.
-            filled, shape = np.full(chunk, fill, values.dtype), part.shape
-        filled[tuple(slice(n) for n in part.shape)] = part
-        yield place, filled
+def _cut(values: np.ndarray, chunk: Place, fill: object) -> Iterable[tuple[Place, np.ndarray]]:
+    """Chunks by their place, those at the end filled up."""
+    if any(n % c for n, c in zip(values.shape, chunk, strict=True)):
+        axis = next((at for at, (n, c) in enumerate(zip(values.shape, chunk, strict=True)) if n > c), None)
+        if axis is not None and values.nbytes > _FILLED_AT_ONCE:
+            return _cut_along(axis, values, chunk, fill)
+        values = _filled_up(values, chunk, fill)
+    return [(place, values[part]) for place, part in _places(values.shape, chunk)]
+
+
+def _cut_along(axis: int, values: np.ndarray, chunk: Place, fill: object) -> Iterator[tuple[Place, np.ndarray]]:
+    for at in range(-(-values.shape[axis] // chunk[axis])):
+        slab = values[(*(slice(None),) * axis, slice(at * chunk[axis], (at + 1) * chunk[axis]))]
+        for place, part in _cut(slab, chunk, fill):
+            yield (*place[:axis], at, *place[axis + 1 :]), part
+
+
+def _filled_up(values: np.ndarray, chunk: Place, fill: object) -> np.ndarray:
+    """The values in an array of whole chunks."""
+    filled = np.empty([-(-n // c) * c for n, c in zip(values.shape, chunk, strict=True)], values.dtype)
+    for axis, n in enumerate(values.shape):
+        filled[(*(slice(None),) * axis, slice(n, None))] = fill
+    filled[tuple(slice(n) for n in values.shape)] = values
+    return filled
+
+
+@lru_cache(maxsize=256)
+def _places(shape: Place, chunk: Place) -> list[tuple[Place, tuple[slice, ...]]]:
+    """The places of the chunks of an array that consists of whole ones, and where each lies in it."""
+    grid = [range(n // c) for n, c in zip(shape, chunk, strict=True)]
+    return [
+        (place, tuple(slice(p * c, (p + 1) * c) for p, c in zip(place, chunk, strict=True))) for place in product(*grid)
+    ]

@@ -1,7 +1,9 @@
 """Modules that a recording leaves alone: nothing is missed by that, and nobody else's mode misses an operation."""
 
 import math
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -99,6 +101,12 @@ def with_hook_before() -> nn.Module:
     return linear
 
 
+def with_compiled_call() -> nn.Module:
+    linear = nn.Linear(8, 8)
+    linear._compiled_call_impl = attend  # type: ignore[assignment]
+    return linear
+
+
 def with_weight() -> nn.Module:
     linear = nn.Linear(8, 8)
     linear.weight = nn.Parameter(torch.randn(8, 8).as_subclass(Wrapped))
@@ -115,12 +123,34 @@ def test_the_audit_meets_no_operation_inside_of_torch_s_own_layers(learned: list
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Attending(8, 8), with_forward, with_hook, with_hook_before, with_weight, Adding]
+    "make",
+    [lambda: Attending(8, 8), with_forward, with_hook, with_hook_before, with_compiled_call, with_weight, Adding],
 )
 def test_attention_in_a_layer_that_is_not_quite_torch_s_own_is_an_error(make: Callable[[], nn.Module]) -> None:
     missed = pytest.raises(UnrecordedAttention, match="scaled_dot_product")
     with missed, torch.no_grad(), recording(Around(make())) as rec:
         rec.model(torch.randn(2, 5, 8))
+
+
+@pytest.mark.parametrize("other", [nn.Module._call_impl, lambda self, tokens: attend(self.forward(tokens))])
+def test_what_somebody_else_has_put_in_the_place_of_torch_s_call_runs(
+    other: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attends = other is not nn.Module._call_impl
+    monkeypatch.setattr(nn.Module, "__call__", other)
+    told = pytest.raises(UnrecordedAttention, match="scaled_dot_product") if attends else nullcontext()
+    with told, torch.no_grad(), recording(nn.Linear(8, 8)) as rec:
+        rec.model(torch.randn(2, 5, 8))
+
+
+def test_a_layer_is_traced_as_a_module() -> None:
+    model, tokens = Around(nn.Linear(8, 8)).eval(), torch.randn(2, 5, 8)
+    with torch.no_grad(), recording(model, audit=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(model, (tokens,))
+    assert torch.equal(traced(tokens), model(tokens))
+    assert "linear" in dict(traced.named_modules())
+    assert "linear" in str(traced.graph)
 
 
 def test_attention_in_a_hook_of_every_module_is_an_error() -> None:

@@ -268,6 +268,27 @@ def test_tiles_of_heads_give_what_all_heads_at_once_give(
         np.testing.assert_allclose(tiled.array("vision.self", name).values, expected, atol=1e-6 * abs(expected).max())
 
 
+@pytest.mark.parametrize("encoding", ["float16", "exact", "compact"])
+def test_tiles_of_samples_give_what_all_samples_at_once_give(
+    tiny_bert: Path, captioned_images: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = attnscope.read_samples(captioned_images)
+    own = eager_attention(tiny_bert, encoded(tiny_bert, samples), transformers.BertModel).attentions
+    found = []
+    for cached, room in ((2**40, 2**40), (0, 2**40), (0, 0)):
+        monkeypatch.setattr(writing, "_CACHED_BYTES", cached)
+        monkeypatch.setitem(writing._TILE_BYTES, "cpu", room)
+        run = extract(tiny_bert, samples, batch_size=9, encoding=encoding, form="dense", summaries=False)
+        found.append(np.stack([run.attention("text.self").sel(layer=layer).values for layer in range(2)]))
+    real = ~np.isnan(found[0])
+    bound = {"float16": 2.5e-4, "exact": 2e-6, "compact": 4e-3}[encoding]
+    for each in found:
+        assert np.array_equal(~np.isnan(each), real)
+        for layer in range(2):
+            difference = np.abs(each[layer] - own[layer].numpy())[real[layer]]
+            assert difference.max() <= bound
+
+
 def test_gradients_of_a_bert_with_padding_equal_eager_autograd(tiny_bert: Path, captioned_images: Path) -> None:
     samples = attnscope.read_samples(captioned_images)
     spec = quantities.ExtractSpec(frozenset({"attention_grad"}), target="cls_norm")

@@ -1,11 +1,12 @@
 """What a recording promises: closed forms, unchanged outputs, isolation, restoration, and that no call is lost."""
 
 import gc
+import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 import attnscope.recording as module_under_test
-from attnscope.recording import AttentionCall, UnrecordedAttention, interface, recording
+from attnscope.recording import AttentionCall, UnrecordedAttention, interface, recording, taps_kept
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37, "vocab_size": 99}
 MODES = [torch.no_grad, torch.inference_mode, torch.enable_grad]
@@ -147,6 +148,92 @@ def test_the_kernels_log_sum_exp_is_what_the_scores_give() -> None:
         given, call.kernel_log_sum_exp = call.log_sum_exp(), None
         assert torch.allclose(given, call.log_sum_exp(), atol=2e-6)
         assert given[1, :, 4].eq(float("-inf")).all()
+
+
+WITHOUT_SINKS = [rule for rule, fields in RULES.items() if "sinks" not in fields]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("rule", [*WITHOUT_SINKS, "softcap"])
+def test_attention_by_the_kernels_log_sum_exp_is_the_softmax(rule: str, groups: int) -> None:
+    fields = RULES.get(rule, {"softcap": 1.5}) | {"key": random(2, 4 // groups, 7, 8, seed=4)}
+    fields |= {"kernel_log_sum_exp": call_of(**fields).log_sum_exp()}
+    call = call_of(**fields)
+    for heads in (slice(None), slice(1, 3), [3, 0]):
+        found = call.attention_by_kernel(heads)
+        assert found is not None
+        assert (found - call.attention(heads=heads)).abs().max() < 2e-6
+    for sinks in (random(4), random(2, 4, 6, 1)):
+        assert call_of(**fields, sinks=sinks).attention_by_kernel() is None
+    assert call_of(**fields, probabilities=call.attention()).attention_by_kernel() is None
+    assert call_of(**(fields | {"kernel_log_sum_exp": None})).attention_by_kernel() is None
+
+
+def test_a_row_without_a_key_is_zero_whatever_its_log_sum_exp() -> None:
+    mask = torch.ones(2, 1, 6, 7, dtype=torch.bool)
+    mask[1, :, 2] = False
+    for nothing in (0.0, float("-inf"), float("nan")):
+        given = call_of(mask=mask).log_sum_exp()
+        given[1, :, 2] = nothing
+        call = call_of(mask=mask, kernel_log_sum_exp=given)
+        found = call.attention_by_kernel()
+        assert found is not None
+        assert found[1, :, 2].eq(0).all()
+        assert (found - call.attention()).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("ruled", [False, True])
+def test_a_log_sum_exp_that_is_not_that_of_the_scores_is_not_used(ruled: bool) -> None:
+    fields: dict[str, Any] = {"mask": torch.ones(1, 1, 6, 7, dtype=torch.bool)} if ruled else {}
+    right = call_of(**fields).log_sum_exp()
+    assert call_of(**fields, kernel_log_sum_exp=right).attention_by_kernel() is not None
+    for wrong in (1e-5, -1e-5, 40.0, float("nan"), float("inf"), float("-inf")):
+        given = right.clone()
+        given[1, 3, 5] += wrong
+        assert call_of(**fields, kernel_log_sum_exp=given).attention_by_kernel() is None
+    query = random(2, 4, 6, 8)
+    query[0, 1, 2, 3] = float("nan")
+    assert call_of(**fields, query=query, kernel_log_sum_exp=right).attention_by_kernel() is None
+    # Rounded differently, scores of thousands differ by more than what is stored of weights may.
+    large = call_of(**fields, scale=3000.0)
+    large.kernel_log_sum_exp = (large.scores() * (1 + 1e-7)).logsumexp(dim=-1)
+    assert large.attention_by_kernel() is None
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_some_samples_of_a_call_are_those_of_the_whole(rule: str) -> None:
+    computed = torch.ones(2, 6, dtype=torch.bool)
+    computed[0, 4:] = False
+    call = call_of(**RULES[rule], output=random(2, 6, 4, 5, seed=11), rows_computed=computed)
+    call.kernel_log_sum_exp = call.log_sum_exp()
+    part = call.of_samples(slice(1, 2))
+    assert part.shape == (1, 4, 6, 7)
+    assert torch.equal(part.attention(), call.attention()[1:])
+    assert torch.equal(part.log_sum_exp(), call.log_sum_exp()[1:])
+    assert torch.equal(part.row_valid().expand(1, 4, 6), call.row_valid().expand(2, 4, 6)[1:])
+    assert part.output_error() == pytest.approx(call_of(**vars_of(call, 1)).output_error(), abs=1e-6)
+    assert call.of_samples(slice(0, 2)) is call
+    call.query.add_(1)
+    with pytest.raises(RuntimeError, match="in place"):
+        call.of_samples(slice(1, 2))
+
+
+def vars_of(call: AttentionCall, sample: int) -> dict[str, Any]:
+    """The fields of a call for one sample, by hand."""
+    found = {}
+    for name in ("query", "key", "value", "output", "mask", "bias", "sinks", "rows_computed"):
+        tensor = getattr(call, name)
+        shared = tensor is None or tensor.shape[0] == 1 or (name == "sinks" and tensor.dim() == 1)
+        found[name] = tensor if shared else tensor[sample : sample + 1]
+    return found | {name: getattr(call, name) for name in ("scale", "softcap", "causal", "causal_offset", "window")}
+
+
+def test_a_rule_of_fewer_axes_is_that_of_every_sample() -> None:
+    """Also where its first axis is as long as the batch: two queries, two heads."""
+    query, key, value = random(2, 2, 2, 8), random(2, 2, 7, 8, seed=4), random(2, 2, 7, 5, seed=5)
+    mask, bias, sinks = random(2, 7, seed=6) > 0, random(2, 2, 7, seed=7), random(2, seed=8)
+    call = call_of(query=query, key=key, value=value, mask=mask, bias=bias, sinks=sinks)
+    assert torch.equal(call.of_samples(slice(1, 2)).attention(), call.attention()[1:])
 
 
 def test_rows_that_the_kernel_left_out_are_not_valid() -> None:
@@ -407,6 +494,39 @@ def test_nothing_stays_patched() -> None:
         model(random(2, 3, 16))
     assert_restored()
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_taps_stay_in_place_between_the_recordings_of_a_run() -> None:
+    model = bert()
+    expected = model(**inputs())[0]
+    with taps_kept(model):
+        for _ in range(2):
+            with recording(model) as rec:
+                assert torch.equal(model(**inputs())[0], expected)
+            assert [call.module for call in rec] == [f"encoder.layer.{n}.attention.self" for n in (0, 1)]
+            assert torch.equal(model(**inputs())[0], expected)
+            assert nn.Module.__dict__["__call__"] is not ORIGINALS[nn.Module, "__call__"]
+        with recording(llama()) as other:
+            other.model(**inputs())
+        assert len(other) == 2
+    assert_restored()
+    with pytest.raises(ZeroDivisionError), taps_kept(model):
+        raise ZeroDivisionError
+    assert_restored()
+
+
+def test_a_model_that_is_compiled_between_the_recordings_of_a_run_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    compiled = torch.compile(model, backend="eager")
+    compiled(**inputs())
+    with ExitStack() as stack:
+        with monkeypatch.context() as earlier:
+            earlier.delitem(sys.modules, "torch._dynamo")
+            stack.enter_context(taps_kept(compiled))
+        with recording(compiled) as rec:
+            compiled(**inputs())
+    assert len(rec) == rec.audit.ran == 2
+    assert_restored()
 
 
 def test_another_model_in_the_context_is_not_recorded() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, MemoryStore
 
+from attnscope import whole_shards
 from attnscope.arrays import COMPRESSORS, ArrayPlan, create_array
 from attnscope.quantities import quantity
 from attnscope.whole_shards import OpenShard, open_shard, write_shard
@@ -146,6 +147,22 @@ def test_shorter_and_missing_samples_leave_the_fill_value(store: Store) -> None:
     shard.add([3], given[3:])
     wanted = np.zeros_like(given)
     wanted[2, :, :3], wanted[3] = given[2, :, :3], given[3]
+    np.testing.assert_array_equal(array[4:8, 2], wanted)
+
+
+@pytest.mark.parametrize("at_once", [0, 2**22])
+@pytest.mark.parametrize("cut", [(4, 4, 5, 6), (4, 3, 4, 5), (1, 1, 1, 1), (2, 4, 4, 6)])
+def test_values_are_filled_up_to_whole_chunks(
+    cut: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once or, where they are many, part by part."""
+    monkeypatch.setattr(whole_shards, "_FILLED_AT_ONCE", at_once)
+    array = made(chunks=(1, 1, 2, 2, 4), shards=(4, 1, 4, 6, 8))
+    given = (1 + values()[:, 0])[tuple(slice(n) for n in cut)]
+    shard = opened(array, expected=len(given))
+    shard.add(range(len(given)), given)
+    wanted = np.zeros((4, 4, 5, 6), np.float16)
+    wanted[tuple(slice(n) for n in cut)] = given
     np.testing.assert_array_equal(array[4:8, 2], wanted)
 
 

@@ -4,10 +4,10 @@ import sys
 from types import ModuleType
 
 from attnscope.recording.calls import AttentionCall
-from attnscope.recording.session import recording
+from attnscope.recording.session import recording, taps_kept
 from attnscope.recording.state import AuditCount, Recording, UnrecordedAttention
 
-__all__ = ["AttentionCall", "AuditCount", "Recording", "UnrecordedAttention", "recording"]
+__all__ = ["AttentionCall", "AuditCount", "Recording", "UnrecordedAttention", "recording", "taps_kept"]
 
 
 class _Callable(ModuleType):

@@ -102,6 +102,8 @@ class Audit(TorchDispatchMode):
         return {weight.untyped_storage()._cdata for weight in weights if weight.layout == torch.strided}
 
     def _follows(self, tensor: Tensor) -> bool:
+        if not self._probabilities and not self._scores:
+            return False
         return self._probabilities.get(tensor) is not None or self._scores.get(tensor) is not None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

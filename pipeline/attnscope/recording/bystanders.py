@@ -8,7 +8,7 @@ on, by code that is torch's own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,13 +36,30 @@ _FUNCTIONS = frozenset({
 
 
 def stands_by(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recording: Recording) -> bool:
-    """Whether a call can be left alone by the modes of this recording, and by no other mode, as there is none."""
-    if type(module) not in _TYPES or len(args) != 1 or kwargs or type(args[0]) is not Tensor or not _is_plain(module):
+    """Whether a call can be left alone by the modes of this recording, and by no other mode, as there is none.
+
+    It is then nothing but the forward of one of torch's own layers, on a plain tensor and plain parameters.
+    """
+    if type(module) not in _TYPES or kwargs or len(args) != 1 or type(args[0]) is not Tensor or _is_hooked(module):
         return False
+    # Loops and no generators, here and below, and nothing asked that need not be: this runs some hundred times a
+    # forward, each time with cold caches. Quantised weights are tensors of another type, with operations of their own.
+    for each in module._parameters.values():
+        if each is not None and type(each) is not nn.Parameter:
+            return False
     audits = 0 if recording.audit.ran is None else 1
-    if not _no_other_modes(1, audits) or _transforms():
+    if torch._C._len_torch_function_stack() != 1 or torch._C._len_torch_dispatch_stack() != audits or _transforms():
         return False
-    return not any(follows(args[0]) for follows in recording.followers)
+    return not recording.follows(args[0])
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module is more than its class's forward."""
+    fields = module.__dict__
+    hooked = fields["_forward_hooks"] or fields["_forward_pre_hooks"]
+    hooked = hooked or fields["_backward_hooks"] or fields["_backward_pre_hooks"] or _has_any_global_hook()
+    changed = "forward" in fields or module._compiled_call_impl is not None
+    return bool(hooked) or changed or torch._C._get_tracing_state() is not None
 
 
 def hands_on(func: Any, args: tuple[Any, ...], recording: Recording) -> bool:
@@ -54,10 +71,13 @@ def hands_on(func: Any, args: tuple[Any, ...], recording: Recording) -> bool:
         or _transforms()
     ):
         return False
-    tensors = [each for each in args if isinstance(each, Tensor)]
-    if any(type(each) is not Tensor and type(each) is not nn.Parameter for each in tensors):
-        return False
-    return not any(follows(each) for follows in recording.followers for each in tensors)
+    for each in args:
+        if type(each) is Tensor or type(each) is nn.Parameter:
+            if recording.follows(each):
+                return False
+        elif isinstance(each, Tensor):
+            return False
+    return True
 
 
 def _transforms() -> bool:
@@ -65,8 +85,13 @@ def _transforms() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _no_other_modes(taps: int, audits: int) -> bool:
-    return torch._C._len_torch_function_stack() == taps and torch._C._len_torch_dispatch_stack() == audits
+def functions_aside(*tensors: Tensor) -> AbstractContextManager[Any]:
+    """Read sizes and versions of tensors past the recordings' function taps; what is no plain tensor has ways its own.
+
+    Only for what computes nothing: other modes, and the audit, don't see it either.
+    """
+    plain = all(type(each) in (Tensor, nn.Parameter) for each in tensors)
+    return torch._C.DisableTorchFunction() if plain else nullcontext()
 
 
 @contextmanager
@@ -78,17 +103,9 @@ def modes_aside(call: AttentionCall) -> Iterator[None]:
     active = ACTIVE.get()
     audits = sum(each.audit.ran is not None for each in active)
     plain = all(type(each) in (Tensor, nn.Parameter) for each in vars(call).values() if isinstance(each, Tensor))
-    if active and plain and _no_other_modes(len(active), audits):
+    others = torch._C._len_torch_function_stack() - len(active), torch._C._len_torch_dispatch_stack() - audits
+    if active and plain and others == (0, 0):
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             yield
     else:
         yield
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether nothing but torch's own forward runs, on parameters that are plain tensors."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if hooked or "forward" in module.__dict__ or _has_any_global_hook():
-        return False
-    # Quantised weights are tensors of another type, whose operations are code of their own.
-    return all(each is None or type(each) is nn.Parameter for each in module._parameters.values())

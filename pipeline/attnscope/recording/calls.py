@@ -9,8 +9,9 @@ float32, without a graph, and block by block where the result is smaller than th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,32 +28,45 @@ ALL = slice(None)
 # reading such an entry as "masked" changes nothing but rows that are masked as a whole.
 MASKED_BELOW = -9e3
 
+# By how much a row of attention that a kernel's log-sum-exp has normalised may miss the sum of one.
+_NORMALISED = 4e-6
+
+# Axes that a tensor of a call has when its first are the samples; a mask or sinks of fewer belong to all of them.
+_AXES_WITH_SAMPLES = {
+    **dict.fromkeys(("query", "key", "value", "output", "probabilities", "mask", "bias", "sinks"), 4),
+    **{"kernel_log_sum_exp": 3, "rows_computed": 2},
+}
+
 # Elements of the causal rule that is kept for the next call of as many tokens.
 _RULE_KEPT = 2**24
 
-_QUIET: ContextVar[bool] = ContextVar("attnscope_quiet", default=False)
+QUIET: ContextVar[bool] = ContextVar("attnscope_quiet", default=False)
+"""Whether the operations that run now are ours, so that no tap may record them and no audit count them."""
 
 
-def is_quiet() -> bool:
-    """Whether the operations that run now are ours, so that no tap may record them and no audit count them."""
-    return _QUIET.get()
-
-
-@contextmanager
-def unseen() -> Iterator[None]:
+class unseen:
     """Run operations that no recording sees."""
-    token = _QUIET.set(True)
-    try:
-        yield
-    finally:
-        _QUIET.reset(token)
+
+    def __enter__(self) -> None:
+        self._token = QUIET.set(True)
+
+    def __exit__(self, *_: object) -> None:
+        QUIET.reset(self._token)
 
 
-@contextmanager
-def quietly() -> Iterator[None]:
+class quietly(unseen):
     """Run operations that no recording sees, without a graph."""
-    with unseen(), torch.no_grad():
-        yield
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._graph = torch.is_grad_enabled()
+        if self._graph:
+            torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *_: object) -> None:
+        if self._graph:
+            torch._C._set_grad_enabled(True)
+        super().__exit__()
 
 
 @dataclass(eq=False)
@@ -166,14 +180,58 @@ class AttentionCall:
             empty = self._empty_rows(rows, heads)
             return attention if empty is None else attention.masked_fill_(empty[..., None], 0.0)
 
+    def attention_by_kernel(self, heads: Index = ALL) -> Tensor | None:
+        """Attention of all rows, as `attention` gives it, by the log-sum-exp of the kernel; None where that won't do.
+
+        It takes fewer passes through memory. Of the softmax, a row is the same times its sum; where a sum is not one to
+        4e-6, as scores of some dozens have it, or those that the log-sum-exp doesn't belong to, there is no result.
+        """
+        given, query = self.kernel_log_sum_exp, self.query
+        if given is None or query is None or self.sinks is not None or self.probabilities is not None:
+            return None
+        # On a GPU one softmax takes less time than two passes.
+        if query.dtype != torch.float32 or query.device.type != "cpu" or given.shape != self.shape[:3]:
+            return None
+        heads = _selection(heads)
+        with quietly():
+            attention = self._normalised_scores(given, heads).exp_()
+            empty = self._empty_rows(ALL, heads)
+            sums = attention.sum(dim=-1)
+            if empty is not None:
+                attention.masked_fill_(empty[..., None], 0.0)
+                sums.masked_fill_(empty, 1.0)
+            if not sums.numel():
+                return attention
+            low, high = sums.aminmax()
+            # Not so where a number isn't finite, either.
+            return attention if max(1 - float(low), float(high) - 1) <= _NORMALISED else None
+
+    def of_samples(self, samples: slice) -> AttentionCall:
+        """The same call for some samples of its batch; views, nothing is copied."""
+        batch = self.shape[0]
+        if samples.indices(batch) == (0, batch, 1):
+            return self
+        self._check_unchanged()
+        part = copy.copy(self)
+        for name, tensor in vars(self).items():
+            # A mask of fewer axes is that of every sample, and so is one of a single sample.
+            if isinstance(tensor, Tensor) and len(tensor) == batch > 1 and tensor.dim() >= _AXES_WITH_SAMPLES[name]:
+                setattr(part, name, tensor[samples])
+        part.__post_init__()
+        return part
+
     def row_valid(self) -> Tensor:
         """Which query rows have a valid key and were computed: bool, broadcastable to (batch, head, query_token)."""
+        if self.probabilities is None and not self._has_rules and self.rows_computed is None:
+            return _all_valid(self.device)
         with quietly():
             if self.probabilities is not None:
                 return (self.probabilities > 0).any(dim=-1)
-            # Without a rule there is nothing to be looked up row by row.
-            blocks = [self._any_allowed(rows) for rows in (self._row_blocks() if self._has_rules else [slice(0, 1)])]
-            valid = blocks[0] if blocks[0].shape[2] == 1 else torch.cat(blocks, dim=2)
+            if not self._has_rules:
+                valid = _all_valid(self.device)
+            else:
+                blocks = [self._any_allowed(rows) for rows in self._row_blocks()]
+                valid = blocks[0] if blocks[0].shape[2] == 1 else torch.cat(blocks, dim=2)
             return valid if self.rows_computed is None else valid & self.rows_computed[:, None]
 
     def attention_gradient(self, output_gradient: Tensor, rows: Index = ALL, heads: Index = ALL) -> Tensor:
@@ -252,8 +310,27 @@ class AttentionCall:
             scores = _grouped_product(scaled, key, heads, query.shape[1])
             if self.softcap is not None:
                 scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
-            for term in (self.bias, self.mask):
-                scores = _add_term(scores, term, rows, heads)
+            return self._ruled(scores, rows, heads)
+
+    def _normalised_scores(self, log_sum_exp: Tensor, heads: Index) -> Tensor:
+        """Scores less their log-sum-exp (batch, head, query_token), the product and the difference in one pass."""
+        query, key = self._query_key()
+        normaliser = log_sum_exp[:, heads, :, None]
+        if self.softcap is not None or query.shape[:2] != key.shape[:2]:
+            return self._scores(ALL, heads).sub_(normaliser)
+        self._check_unchanged()
+        with _full_precision(query):
+            query, key = query[:, heads], key[:, heads]
+            scores = query.new_empty(*query.shape[:3], key.shape[2])
+            # Sample by sample, as the views by head of more can't be taken for one batch without a copy.
+            for out, *given in zip(scores, normaliser, query, key.mT, strict=True):
+                torch.baddbmm(*given, beta=-1, alpha=self.scale, out=out)
+            return self._ruled(scores, ALL, heads)
+
+    def _ruled(self, scores: Tensor, rows: Index, heads: Index) -> Tensor:
+        """The scores with bias and mask, -inf where a rule masks; in place where the shape stays."""
+        for term in (self.bias, self.mask):
+            scores = _add_term(scores, term, rows, heads)
         positions = self._position_rule(rows)
         return scores if positions is None else scores.masked_fill_(~positions, float("-inf"))
 
@@ -313,6 +390,12 @@ def _rule(position: Tensor, keys: int, causal: bool, window: int | None) -> Tens
     if window is not None:
         allowed &= distance.abs() < window
     return allowed
+
+
+@lru_cache(maxsize=16)
+def _all_valid(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(1, 1, 1, dtype=torch.bool, device=device)
 
 
 @lru_cache(maxsize=1)

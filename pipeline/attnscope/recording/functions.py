@@ -65,6 +65,9 @@ class _Tags:
 
         self._tags[key] = (weakref.ref(tensor, forget), tag)
 
+    def follows(self, tensor: Tensor) -> bool:
+        return bool(self._tags) and self.get(tensor) is not None
+
     def clear(self) -> None:
         self._tags.clear()
 
@@ -78,15 +81,17 @@ class FunctionTap(TorchFunctionMode):
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
         self.tags = _Tags()
-        recording.followers.append(lambda tensor: self.tags.get(tensor) is not None)
+        recording.followers.append(self.tags.follows)
 
     def __torch_function__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
-        kwargs = kwargs or {}
         # Where nothing is followed yet, all but a beginning would be passed over.
         handler = (HANDLERS if self.tags else BEGINNINGS).get(func)
-        if handler is None and not kwargs and hands_on(func, args, self.recording):
-            with torch._C._DisableTorchDispatch():
-                return func(*args)
+        if handler is None and not kwargs:
+            if hands_on(func, args, self.recording):
+                with torch._C._DisableTorchDispatch():
+                    return func(*args)
+            return func(*args)
+        kwargs = kwargs or {}
         if handler is None or self.recording.is_inside or not observing():
             return func(*args, **kwargs)
         return handler(self, func, args, kwargs)

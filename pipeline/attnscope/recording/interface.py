@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from attnscope.recording.bystanders import functions_aside
 from attnscope.recording.calls import AttentionCall, quietly
 from attnscope.recording.state import Recording, observing
 
@@ -34,7 +36,12 @@ def tap(function: AttentionFunction, kernel: str) -> AttentionFunction:
     """The attention function, which also records its calls where a recording of the calling module is open."""
     if getattr(function, "_attnscope_tapped", False):
         return function
+    # Asked for by every layer. What is no plain function may be equal to another, or not be hashable.
+    return (_tapped if isinstance(function, FunctionType) else _tapped.__wrapped__)(function, kernel)
 
+
+@functools.lru_cache(maxsize=256)
+def _tapped(function: AttentionFunction, kernel: str) -> AttentionFunction:
     @functools.wraps(function)
     def tapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         recordings = [each for each in observing() if not each.is_inside and each.name_of(module) is not None]
@@ -72,15 +79,13 @@ def _record(
         if each.frames and each.frames[-1].module is module:
             each.frames[-1].attended = True
         recipe["kernel_log_sum_exp"] = each.kernel_log_sum_exp()
-        each.add(
-            name,
-            lambda name, number, index: _verified(
-                AttentionCall(name, number, index, kernel, "interface", query, key, value, output, **recipe),
-                function,
-                weights,
-                _dropout(arguments),
-            ),
-        )
+
+        def make(name: str, number: int, index: int) -> AttentionCall:
+            with functions_aside(query, key, value, output):
+                call = AttentionCall(name, number, index, kernel, "interface", query, key, value, output, **recipe)
+            return _verified(call, function, weights, _dropout(arguments))
+
+        each.add(name, make)
     return result
 
 

@@ -6,7 +6,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -52,8 +52,7 @@ def recording(
     TypeError
         When the model is scripted, exported, or replicated over devices: its attention cannot be seen.
     """
-    named = _named_modules(model)
-    rec = Recording(model, named, on_call)
+    rec = Recording(model, _KEPT.get(id(model)) or _names(model), on_call)
     token = None
     with ExitStack() as stack:
         stack.enter_context(_patched())
@@ -74,16 +73,38 @@ def recording(
     _raise_unrecorded(rec)
 
 
-def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+@contextmanager
+def taps_kept(model: nn.Module) -> Iterator[None]:
+    """Keep the taps in place, and the names of the modules, for all recordings of a model that are opened inside.
+
+    Putting them in place takes a millisecond, and as every class of modules then forgets where its methods are, the
+    next forward another. The model must keep its modules meanwhile.
+    """
+    _KEPT[id(model)] = _names(model)
+    try:
+        with _patched():
+            yield
+    finally:
+        _KEPT.pop(id(model), None)
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    """The qualified name of each module, by its identity."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"recording needs a torch.nn.Module, got {type(model).__name__!r}")
-    named = list(model.named_modules())
-    for name, module in named:
+    names = {}
+    for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"module {name!r} is a ScriptModule, whose attention cannot be seen; record its source")
         if isinstance(module, nn.DataParallel):
             raise TypeError(f"module {name!r} runs replicas in other threads; record its `module` instead")
-    return named
+        names[id(module)] = _plain_name(name)
+    return names
+
+
+def _plain_name(name: str) -> str:
+    """The name without the wrapper that `torch.compile` puts around a module."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod") if "_orig_mod" in name else name
 
 
 def _raise_unrecorded(rec: Recording) -> None:
@@ -98,6 +119,7 @@ def _raise_unrecorded(rec: Recording) -> None:
 # -- patches -----------------------------------------------------------------------------------------------------------
 
 OPEN: list[Recording] = []
+_KEPT: dict[int, dict[int, str]] = {}
 _LOCK = threading.Lock()
 _depth = 0
 _originals: list[tuple[type, str, Any]] = []
@@ -112,6 +134,7 @@ def _patched() -> Iterator[None]:
     with _LOCK:
         if _depth == 0:
             _install()
+        _run_eagerly()
         _depth += 1
     try:
         yield
@@ -122,10 +145,15 @@ def _patched() -> Iterator[None]:
                 _restore()
 
 
+def _run_eagerly() -> None:
+    """Keep compiled models from their compiled code; without dynamo, which may come later, nothing is compiled."""
+    # The stance belongs to the whole process, so it goes with the patches.
+    if not _stance and "torch._dynamo" in sys.modules:
+        _stance.append(torch.compiler.set_stance("force_eager"))
+        _stance[0].__enter__()
+
+
 def _install() -> None:
-    # The stance belongs to the whole process, so it is counted with the patches. Without dynamo nothing is compiled.
-    _stance.append(torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext())
-    _stance[0].__enter__()
     for owner, name, wrap in (
         (AttentionInterface, "get_interface", _tapped_lookup),
         (AttentionInterface, "__getitem__", _tapped_item),
@@ -139,7 +167,8 @@ def _install() -> None:
 
 
 def _restore() -> None:
-    _stance.pop().__exit__(None, None, None)
+    while _stance:
+        _stance.pop().__exit__(None, None, None)
     while _originals:
         owner, name, original = _originals.pop()
         if original is None:
@@ -167,14 +196,17 @@ def _tapped_item(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _traced_call(original: Callable[..., Any]) -> Callable[..., Any]:
+    # Who else has changed the call may do anything in it.
+    is_torchs_own = original is nn.Module._wrapped_call_impl
+
     @functools.wraps(original)
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         recordings = observing()
         if not recordings:
             return original(self, *args, **kwargs) if ACTIVE.get() else _other_call(original, self, args, kwargs)
-        if len(recordings) == 1 and stands_by(self, args, kwargs, recordings[0]):
+        if is_torchs_own and len(recordings) == 1 and stands_by(self, args, kwargs, recordings[0]):
             with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-                return original(self, *args, **kwargs)
+                return self.forward(*args)
         for each in recordings:
             each.enter(self)
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from attnscope.recording.calls import AttentionCall, is_quiet, unseen
+from attnscope.recording.calls import QUIET, AttentionCall, unseen
 
 ACTIVE: ContextVar[tuple[Recording, ...]] = ContextVar("attnscope_recordings", default=())
 
@@ -76,7 +76,7 @@ class Recording:
     def __init__(
         self,
         model: nn.Module,
-        named: Sequence[tuple[str, nn.Module]],
+        names: Mapping[int, str],
         on_call: Callable[[AttentionCall], None] | None,
     ) -> None:
         self.model = model
@@ -85,7 +85,7 @@ class Recording:
         self.frames: list[Frame] = []
         self.lost: set[str] = set()
         self.entered: set[str] = set()
-        self._names = {id(module): _plain_name(name) for name, module in named}
+        self._names = names
         self._on_call = on_call
         self.total = 0
         self._numbers: Counter[str] = Counter()
@@ -106,6 +106,13 @@ class Recording:
 
     def __getitem__(self, index: int) -> AttentionCall:
         return self.calls[index]
+
+    def follows(self, tensor: Tensor) -> bool:
+        """Whether a tap or the audit follows a tensor."""
+        for follower in self.followers:  # noqa: SIM110 - a generator takes twice as long
+            if follower(tensor):
+                return True
+        return False
 
     # -- where the forward stands --------------------------------------------------------------------------------------
 
@@ -216,14 +223,9 @@ def observing() -> tuple[Recording, ...]:
     What runs while gradients are computed is the recomputation of a checkpointed forward, recorded once already.
     """
     active = ACTIVE.get()
-    if not active or is_quiet() or torch._C._current_graph_task_id() != -1:
+    if not active or QUIET.get() or torch._C._current_graph_task_id() != -1:
         return ()
     return active
-
-
-def _plain_name(name: str) -> str:
-    """The name without the wrapper that `torch.compile` puts around a module."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod") if "_orig_mod" in name else name
 
 
 def _keepable(call: AttentionCall) -> AttentionCall:
