@@ -274,12 +274,18 @@ def test_tiles_of_samples_give_what_all_samples_at_once_give(
 ) -> None:
     samples = attnscope.read_samples(captioned_images)
     own = eager_attention(tiny_bert, encoded(tiny_bert, samples), transformers.BertModel).attentions
-    found = []
+    found: list[np.ndarray] = []
+    asked: list[object] = []
+    by_kernel = AttentionCall.attention_by_kernel
+    monkeypatch.setattr(
+        AttentionCall, "attention_by_kernel", lambda call, heads: asked.append(heads) or by_kernel(call, heads)
+    )
     for cached, room in ((2**40, 2**40), (0, 2**40), (0, 0)):
         monkeypatch.setattr(writing, "_CACHED_BYTES", cached)
         monkeypatch.setitem(writing._TILE_BYTES, "cpu", room)
         run = extract(tiny_bert, samples, batch_size=9, encoding=encoding, form="dense", summaries=False)
         found.append(np.stack([run.attention("text.self").sel(layer=layer).values for layer in range(2)]))
+    assert bool(asked) == (encoding != "exact")
     real = ~np.isnan(found[0])
     bound = {"float16": 2.5e-4, "exact": 2e-6, "compact": 4e-3}[encoding]
     for each in found:

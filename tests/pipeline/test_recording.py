@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 import attnscope.recording as module_under_test
@@ -523,9 +524,12 @@ def test_a_model_that_is_compiled_between_the_recordings_of_a_run_is_recorded(mo
         with monkeypatch.context() as earlier:
             earlier.delitem(sys.modules, "torch._dynamo")
             stack.enter_context(taps_kept(compiled))
+            assert torch._dynamo.eval_frame._stance.stance == "default"
         with recording(compiled) as rec:
+            assert torch._dynamo.eval_frame._stance.stance == "force_eager"
             compiled(**inputs())
     assert len(rec) == rec.audit.ran == 2
+    assert torch._dynamo.eval_frame._stance.stance == "default"
     assert_restored()
 
 
@@ -752,6 +756,38 @@ def test_an_attention_function_that_computes_something_else_is_not_believed() ->
         del AttentionInterface._global_mapping["halved"]
     assert all(torch.allclose(call.attention().sum(-1), torch.tensor(0.5)) for call in rec)
     assert max(call.output_error() for call in rec) < 2e-6
+
+
+class Equal:
+    """An attention function that is equal to all of its kind, and so has no hash."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Equal)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, share: float = 1.0) -> None:
+        self.share = share
+        self.calls = 0
+
+    def __call__(self, module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        output, _ = sdpa_attention_forward(module, query, *args, **kwargs)
+        return output * self.share, None
+
+
+def test_attention_functions_that_are_equal_are_not_taken_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bert()
+    model.config._attn_implementation = "equal_sdpa"
+    for _ in range(2):
+        function = Equal()
+        monkeypatch.setitem(AttentionInterface._global_mapping, "equal_sdpa", function)
+        with recording(model) as rec, torch.no_grad():
+            model(**inputs())
+        assert len(rec) == rec.audit.recorded == function.calls == 2
+    monkeypatch.setitem(AttentionInterface._global_mapping, "equal_sdpa", Equal(0.5))
+    with pytest.raises(NotImplementedError, match="'Equal' of 'encoder"), recording(model):
+        model(**inputs())
 
 
 MUTATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

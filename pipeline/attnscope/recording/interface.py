@@ -36,11 +36,24 @@ def tap(function: AttentionFunction, kernel: str) -> AttentionFunction:
     """The attention function, which also records its calls where a recording of the calling module is open."""
     if getattr(function, "_attnscope_tapped", False):
         return function
-    # Asked for by every layer. What is no plain function may be equal to another, or not be hashable.
-    return (_tapped if isinstance(function, FunctionType) else _tapped.__wrapped__)(function, kernel)
+    return _tapped(function, kernel)
 
 
-@functools.lru_cache(maxsize=256)
+def _kept(made: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep what is made of attention functions, which every layer asks for.
+
+    Of plain ones: what else can be called may be equal to another, or not be hashable.
+    """
+    cached = functools.lru_cache(maxsize=256)(made)
+
+    @functools.wraps(made)
+    def get(function: AttentionFunction, *args: Any) -> Any:
+        return (cached if isinstance(function, FunctionType) else made)(function, *args)
+
+    return get
+
+
+@_kept
 def _tapped(function: AttentionFunction, kernel: str) -> AttentionFunction:
     @functools.wraps(function)
     def tapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -105,7 +118,7 @@ def _compiled(recordings: list[Recording]) -> Iterator[None]:
         each.count("flex_attention")
 
 
-@functools.lru_cache(maxsize=256)
+@_kept
 def _parameters(function: AttentionFunction) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
@@ -259,9 +272,10 @@ def _verified(call: AttentionCall, function: AttentionFunction, weights: Tensor 
     if dropout or function in known or _reproduces_output(call):
         return call
     if weights is None or weights.dim() != 4:
+        name = getattr(function, "__qualname__", type(function).__name__)
         raise NotImplementedError(
-            f"attention function {function.__qualname__!r} of {call.module!r} computes something else than its "
-            "arguments say and returns no weights, so that its attention cannot be recorded"
+            f"attention function {name!r} of {call.module!r} computes something else than its arguments say and returns"
+            " no weights, so that its attention cannot be recorded"
         )
     call.probabilities, call.mask, call.bias, call.sinks = weights.detach(), None, None, None
     call.__post_init__()
