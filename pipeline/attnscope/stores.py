@@ -22,6 +22,7 @@ _LASTING = (StoreError, FileNotFoundError, PermissionError, IsADirectoryError, N
 _LASTING_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EPIPE}
 # As many as Linux and macOS take in one call.
 _PARTS_AT_ONCE = 1024
+_APPENDING = os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -116,18 +117,25 @@ class UnfinishedObject:
         if self._path is None:
             self._parts += parts
             return
-        flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0)
-        if self._partial is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._partial = self._path.with_suffix(f".{uuid.uuid4().hex}.partial")
-            flags |= os.O_CREAT | os.O_EXCL
         # Opened anew each time: a block may have more objects under way than a process may have files open.
-        descriptor = os.open(self._partial, flags, 0o666)
+        descriptor = self._begin(self._path) if self._partial is None else os.open(self._partial, _APPENDING)
         try:
             for start in range(0, len(parts), _PARTS_AT_ONCE):
                 _write_parts(descriptor, parts[start : start + _PARTS_AT_ONCE])
         finally:
             os.close(descriptor)
+
+    def _begin(self, path: Path) -> int:
+        partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
+        flags = _APPENDING | os.O_CREAT | os.O_EXCL
+        try:
+            descriptor = os.open(partial, flags, 0o666)
+        except FileNotFoundError:
+            # Not asked for each time: of a shard's folders most are there.
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(partial, flags, 0o666)
+        self._partial = partial
+        return descriptor
 
     def finish(self) -> None:
         """Put the object under its key."""
