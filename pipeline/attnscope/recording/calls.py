@@ -222,16 +222,14 @@ class AttentionCall:
 
     def row_valid(self) -> Tensor:
         """Which query rows have a valid key and were computed: bool, broadcastable to (batch, head, query_token)."""
-        if self.probabilities is None and not self._has_rules and self.rows_computed is None:
-            return _all_valid(self.device)
         with quietly():
             if self.probabilities is not None:
                 return (self.probabilities > 0).any(dim=-1)
-            if not self._has_rules:
-                valid = _all_valid(self.device)
-            else:
+            if self._has_rules:
                 blocks = [self._any_allowed(rows) for rows in self._row_blocks()]
                 valid = blocks[0] if blocks[0].shape[2] == 1 else torch.cat(blocks, dim=2)
+            else:
+                valid = _all_valid(self.device)
             return valid if self.rows_computed is None else valid & self.rows_computed[:, None]
 
     def attention_gradient(self, output_gradient: Tensor, rows: Index = ALL, heads: Index = ALL) -> Tensor:
